@@ -1,0 +1,1 @@
+"""Numerics: arrays in, new arrays out. No files, no cluster, no clock."""

@@ -1,0 +1,1 @@
+"""The disk: manifests, images, stamps, catalogues, models, progress."""

@@ -1,0 +1,1 @@
+"""Numerics of models: how stamps become tensors, how scores are judged."""
