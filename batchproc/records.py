@@ -274,7 +274,7 @@ CATALOGUE: tuple[Column, ...] = (
     Column("mag", "float32", "mag", "magnitude of |flux|; NaN without a zero point"),
     Column("mag_err", "float32", "mag", "its 1-sigma error"),
     Column(
-        "aper_flux", "float64", "file unit", "flux of the change in a circle of 1.5 FWHM radius, aperture-corrected"
+        "aper_flux", "float64", "file unit", "flux of the change in a circle of radius 1.5 FWHM, aperture-corrected"
     ),
     Column("aper_flux_err", "float64", "file unit", "its 1-sigma error"),
     Column("fwhm", "float32", "pix", "FWHM of the detection in D, from second moments"),

@@ -359,7 +359,7 @@ def _unit_norm(stamp: NDArray) -> NDArray[np.float64]:
     return stamp / np.sqrt(np.sum(stamp**2))
 
 
-def _derivatives(shape: tuple[int, int]) -> tuple[NDArray[np.complex128], NDArray[np.complex128]]:
+def _derivatives(shape: tuple[int, int]) -> tuple[NDArray, NDArray]:
     """Multipliers d/dy and d/dx of a spectrum; zero at the Nyquist frequency, whose derivative is not real."""
     ky = np.fft.fftfreq(shape[0])
     kx = np.fft.rfftfreq(shape[1])

@@ -1,0 +1,209 @@
+"""ZOGY's algebra against the paper: identities, noise, photometry, and a plain float64 reference."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchproc.errors import SubtractError
+from batchproc.imaging.zogy import fill_masked, zogy
+from tests.imaging import _zogy_reference as reference
+from tests.imaging._psfs import gaussian
+
+SETTING = {"sigma_new": 20.0, "sigma_ref": 9.0, "flux_ratio": 1 / 1.3}
+PSF_NEW, PSF_REF = gaussian(3.4), gaussian(2.6)
+
+
+@pytest.fixture(scope="module")
+def blank():
+    """D and friends of pure noise, 1024²."""
+    rng = np.random.default_rng(0)
+    new, ref = rng.normal(0, 20, (1024, 1024)), rng.normal(0, 9, (1024, 1024))
+    return zogy(new, ref, PSF_NEW, PSF_REF, **SETTING)
+
+
+def test_difference_of_noise_is_white_with_unit_variance(blank):
+    """D of blank sky has unit variance and no correlation between neighbours; bounds are 4 sampling errors."""
+    d = blank.difference
+    assert d.std() == pytest.approx(1, abs=0.0028)
+    assert abs(np.mean(d[1:] * d[:-1])) < 0.004
+    assert abs(np.mean(d[:, 1:] * d[:, :-1])) < 0.004
+
+
+def test_score_of_noise_has_variance_f_s(blank):
+    """Var(S) on blank sky is F_S, and S_corr has unit width."""
+    assert blank.score.var() / blank.kernels[0].f_s == pytest.approx(1, abs=0.02)
+    assert blank.score_corr.std() == pytest.approx(1, abs=0.01)
+
+
+def test_psf_of_the_difference_has_unit_sum(blank):
+    """P_D sums to one and peaks at its centre."""
+    assert blank.psf.sum() == pytest.approx(1, abs=1e-12)
+    assert np.unravel_index(blank.psf.argmax(), blank.psf.shape) == tuple(s // 2 for s in blank.psf.shape)
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (257, 300), (129, 128)])
+def test_flux_and_significance_of_a_noiseless_source(shape):
+    """α gives back the flux, and S/√F_S is T√F_S, whatever the shape (E41, E42)."""
+    new = np.zeros(shape)
+    y, x = shape[0] // 2, shape[1] // 2
+    new[y - 15 : y + 16, x - 15 : x + 16] = 900 * PSF_NEW
+    d = zogy(new, np.zeros(shape), PSF_NEW, PSF_REF, **SETTING)
+    assert d.flux[y, x] == pytest.approx(900, rel=1e-9)
+    assert d.score_corr[y, x] == pytest.approx(8.444256, rel=1e-5)
+    assert d.score_corr[y, x] == pytest.approx(900 * np.sqrt(d.kernels[0].f_s), rel=1e-9)
+
+
+def test_static_star_vanishes():
+    """A star of 10^5 electrons with exact PSFs leaves nothing in D."""
+    new, ref = np.zeros((2, 128, 128))
+    new[49:80, 49:80] = 1e5 * PSF_NEW
+    ref[49:80, 49:80] = 1.3e5 * PSF_REF
+    d = zogy(new, ref, PSF_NEW, PSF_REF, **SETTING)
+    assert np.abs(d.difference).max() < 1e-9
+
+
+def test_swapping_the_images_changes_the_sign():
+    """D(N, R) = −D(R, N)."""
+    rng = np.random.default_rng(3)
+    new, ref = rng.normal(0, 20, (64, 65)), rng.normal(0, 9, (64, 65))
+    forward = zogy(new, ref, PSF_NEW, PSF_REF, **SETTING)
+    backward = zogy(ref, new, PSF_REF, PSF_NEW, sigma_new=9, sigma_ref=20, flux_ratio=1.3)
+    np.testing.assert_allclose(forward.difference, -backward.difference, atol=1e-12)
+
+
+@given(
+    ny=st.integers(40, 80),
+    nx=st.integers(40, 80),
+    fwhm_new=st.floats(1.5, 6.0),
+    fwhm_ref=st.floats(1.5, 6.0),
+    sigma_ref=st.floats(0.5, 50.0),
+    flux_ratio=st.floats(0.05, 20.0),
+    shift=st.tuples(st.floats(0, 0.5), st.floats(0, 0.5)),
+    error=st.floats(0, 0.05),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=25, deadline=None)
+def test_agrees_with_the_plain_reference(ny, nx, fwhm_new, fwhm_ref, sigma_ref, flux_ratio, shift, error, seed):
+    """Any shape, seeing, noise and flux ratio: D, S, S_corr, flux and error equal the plain formulas."""
+    rng = np.random.default_rng(seed)
+    psf_new, psf_ref = gaussian(fwhm_new, 25), gaussian(fwhm_ref, 25)
+    new, ref = rng.normal(0, 10, (ny, nx)), rng.normal(0, sigma_ref, (ny, nx))
+    new[ny // 2, nx // 2] += 500
+    variance_new = 100 + np.abs(rng.normal(0, 30, (ny, nx)))
+    variance_ref = sigma_ref**2 * (1 + np.abs(rng.normal(0, 1, (ny, nx))))
+    arguments = {
+        "sigma_new": 10.0,
+        "sigma_ref": sigma_ref,
+        "flux_ratio": flux_ratio,
+        "variance_new": variance_new,
+        "variance_ref": variance_ref,
+        "registration_sigma": shift,
+        "flux_ratio_error": error,
+    }
+    ours = zogy(new, ref, psf_new, psf_ref, **arguments)
+    plain = reference.zogy(new, ref, psf_new, psf_ref, **arguments)
+    for name in ("difference", "score", "score_corr", "flux", "flux_err"):
+        expected = getattr(plain, name)
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(getattr(ours, name), expected, atol=1e-7 * scale, rtol=1e-6, err_msg=name)
+
+
+@given(roll=st.tuples(st.integers(-40, 40), st.integers(-40, 40)), factor=st.floats(0.01, 100))
+@settings(max_examples=10, deadline=None)
+def test_rolled_and_scaled_images_roll_and_scale(roll, factor):
+    """A cyclic shift of both images shifts the result; a common unit changes only the flux."""
+    rng = np.random.default_rng(5)
+    new, ref = rng.normal(0, 20, (2, 48, 51))
+    base = zogy(new, ref, PSF_NEW, PSF_REF, **SETTING)
+    rolled = zogy(np.roll(new, roll, (0, 1)), np.roll(ref, roll, (0, 1)), PSF_NEW, PSF_REF, **SETTING)
+    np.testing.assert_allclose(rolled.score_corr, np.roll(base.score_corr, roll, (0, 1)), atol=1e-9)
+    scaled = zogy(
+        factor * new, factor * ref, PSF_NEW, PSF_REF, sigma_new=20 * factor, sigma_ref=9 * factor, flux_ratio=1 / 1.3
+    )
+    np.testing.assert_allclose(scaled.score_corr, base.score_corr, atol=1e-9)
+    np.testing.assert_allclose(scaled.flux, factor * base.flux, rtol=1e-6, atol=1e-9 * factor)
+
+
+def test_identical_images_leave_nothing():
+    """new − new = 0, exactly where the PSFs are the same."""
+    image = np.random.default_rng(6).normal(0, 20, (64, 64))
+    d = zogy(image, image, PSF_NEW, PSF_NEW, sigma_new=20, sigma_ref=20)
+    assert np.abs(d.difference).max() < 1e-12
+
+
+def test_inputs_are_not_modified_and_calls_repeat():
+    """Two calls give the same bytes and leave their inputs alone (planning an FFT overwrites arrays: pitfall 6)."""
+    rng = np.random.default_rng(7)
+    new, ref = rng.normal(0, 20, (2, 90, 70))
+    mask = rng.random((90, 70)) < 0.01
+    before = new.copy(), ref.copy(), mask.copy()
+    first = zogy(new, ref, PSF_NEW, PSF_REF, mask=mask, **SETTING)
+    second = zogy(new, ref, PSF_NEW, PSF_REF, mask=mask, **SETTING)
+    assert first.score_corr.tobytes() == second.score_corr.tobytes()
+    for array, copy in zip((new, ref, mask), before, strict=True):
+        np.testing.assert_array_equal(array, copy)
+
+
+def test_score_corr_is_centred_on_the_source_with_registration_noise():
+    """The astrometric term does not displace S_corr's peak (backward differences displace it by 0.4 px: pitfall 10)."""
+    new, ref = np.zeros((2, 96, 96))
+    new[33:64, 33:64] = 5000 * PSF_NEW
+    d = zogy(new, ref, PSF_NEW, PSF_REF, registration_sigma=(0.3, 0.3), **SETTING)
+    peak = d.score_corr[47:50, 47:50]
+    np.testing.assert_allclose(peak, peak[::-1, ::-1], rtol=1e-9)
+    assert peak.argmax() == 4
+
+
+def test_masked_pixels_do_not_spread():
+    """NaN under the mask reaches nothing else, and masked pixels are 0 in S_corr and NaN in flux."""
+    rng = np.random.default_rng(8)
+    new, ref = rng.normal(0, 20, (96, 96)), rng.normal(0, 9, (96, 96))
+    clean = zogy(new, ref, PSF_NEW, PSF_REF, **SETTING)
+    mask = np.zeros((96, 96), bool)
+    mask[40:43, 50:52] = True
+    dirty = new.copy()
+    dirty[mask] = np.nan
+    d = zogy(dirty, ref, PSF_NEW, PSF_REF, mask=mask, **SETTING)
+    assert np.isfinite(d.score_corr).all()
+    assert (d.score_corr[mask] == 0).all()
+    assert np.isnan(d.flux[mask]).all()
+    far = np.ones((96, 96), bool)
+    far[8:75, 18:84] = False
+    assert np.abs(d.score_corr - clean.score_corr)[far].max() < 1e-3
+
+
+def test_filling_takes_the_other_image_where_it_is_good():
+    """A pixel bad in one image alone takes the scaled value of the other."""
+    new, ref = np.full((9, 9), 20.0), np.full((9, 9), 10.0)
+    bad_new, bad_ref = np.zeros((2, 9, 9), bool)
+    bad_new[2, 2] = bad_ref[6, 6] = True
+    new[2, 2] = ref[6, 6] = np.nan
+    filled_new, filled_ref = fill_masked(new, ref, bad_new, bad_ref, 2.0)
+    assert filled_new[2, 2] == 20.0
+    assert filled_ref[6, 6] == 10.0
+    assert np.isnan(new[2, 2])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ref": np.zeros((5, 5))}, "shape"),
+        ({"psf_new": np.ones((4, 4)) / 16}, "odd"),
+        ({"psf_ref": np.ones((5, 5))}, "unit sum"),
+        ({"psf_ref": np.ones((99, 99)) / 99**2}, "larger"),
+        ({"sigma_new": 0.0}, "positive"),
+        ({"new": np.full((64, 64), np.nan)}, "not finite"),
+    ],
+)
+def test_unusable_input_is_refused_with_its_name(change, words):
+    """Each mistake has a message that names it."""
+    arguments = {
+        "new": np.zeros((64, 64)),
+        "ref": np.zeros((64, 64)),
+        "psf_new": PSF_NEW,
+        "psf_ref": PSF_REF,
+        **SETTING,
+    } | change
+    with pytest.raises(SubtractError, match=words):
+        zogy(**arguments)
