@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import base64
 import json
-from functools import lru_cache
+import threading
 
 import numpy as np
 import pyfftw
 from numpy.typing import NDArray
+
+_plans = threading.local()
+_planner = threading.Lock()
+#: Counts changes of wisdom: plans made before one are not used after it.
+_generation = 0
 
 __all__ = ["Fft", "get_fft", "import_wisdom", "measure_wisdom"]
 
@@ -42,7 +47,8 @@ class Fft:
     def _plan(source: NDArray, target: NDArray, direction: str, threads: int, measure: bool) -> pyfftw.FFTW:
         def plan(*flags: str) -> pyfftw.FFTW:
             flags += ("FFTW_DESTROY_INPUT",)
-            return pyfftw.FFTW(source, target, axes=(0, 1), direction=direction, flags=flags, threads=threads)
+            with _planner:  # FFTW executes in parallel, but plans one at a time
+                return pyfftw.FFTW(source, target, axes=(0, 1), direction=direction, flags=flags, threads=threads)
 
         if measure:
             return plan("FFTW_MEASURE")
@@ -64,21 +70,25 @@ class Fft:
         return self._real / (self.shape[0] * self.shape[1])
 
 
-@lru_cache(maxsize=16)
-def _cached(shape: tuple[int, int], threads: int) -> Fft:
-    return Fft(shape, threads)
+def get_fft(shape: tuple[int, int]) -> Fft:
+    """The transform of this shape on ``pyfftw.config.NUM_THREADS`` threads; a plan for each caller's own thread."""
+    cache: dict[tuple[int, ...], Fft] = _plans.__dict__.setdefault("cache", {})
+    if _plans.__dict__.get("generation") != _generation:
+        cache.clear()
+        _plans.generation = _generation
+    key = (int(shape[0]), int(shape[1]), int(pyfftw.config.NUM_THREADS))
+    if key not in cache:
+        if len(cache) >= 16:
+            cache.pop(next(iter(cache)))
+        cache[key] = Fft(key[:2], key[2])
+    return cache[key]
 
 
-def get_fft(shape: tuple[int, int], threads: int = 1) -> Fft:
-    """The transform of this shape, planned once per process."""
-    return _cached((int(shape[0]), int(shape[1])), threads)
-
-
-def measure_wisdom(shapes: list[tuple[int, int]], threads: int = 1) -> str:
+def measure_wisdom(shapes: list[tuple[int, int]]) -> str:
     """Measure plans for these shapes (seconds) and return FFTW's wisdom as text for `import_wisdom`."""
     for shape in shapes:
-        Fft(shape, threads, measure=True)
-    _cached.cache_clear()
+        Fft(shape, pyfftw.config.NUM_THREADS, measure=True)
+    _forget_plans()
     return json.dumps([base64.b64encode(part).decode() for part in pyfftw.export_wisdom()])
 
 
@@ -94,4 +104,9 @@ def import_wisdom(text: str) -> None:
     pyfftw.forget_wisdom()
     if not pyfftw.import_wisdom(parts)[0]:
         raise ValueError("FFTW does not accept this wisdom: it was made by another version or precision")
-    _cached.cache_clear()
+    _forget_plans()
+
+
+def _forget_plans() -> None:
+    global _generation
+    _generation += 1
