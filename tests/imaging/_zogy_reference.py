@@ -80,8 +80,11 @@ def reference_zogy(
     sig_y: float = 0.0,
     sig_beta: float = 0.0,
 ) -> Reference:
-    """All of it. ``V_n``, ``V_r``: total variance per pixel (default sigma^2); ``sig_x``, ``sig_y``: registration error in
-    pixels; ``sig_beta``: relative error of F_n / F_r."""
+    """All of it.
+
+    ``V_n``, ``V_r``: total variance per pixel (default sigma^2); ``sig_x``, ``sig_y``: registration error in pixels;
+    ``sig_beta``: relative error of F_n / F_r.
+    """
     shape = N.shape
     V_n = np.broadcast_to(sigma_n**2 if V_n is None else V_n, shape)
     V_r = np.broadcast_to(sigma_r**2 if V_r is None else V_r, shape)
