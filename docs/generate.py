@@ -1,0 +1,128 @@
+"""Write the pages of docs/ whose truth is in the code: ``make docs``.
+
+``python docs/generate.py --check`` writes nothing and exits with 1 where a page is not what the code says.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import sys
+from collections.abc import Iterable
+from enum import IntFlag
+from pathlib import Path
+from typing import Any
+
+from batchproc import config, records
+
+HERE = Path(__file__).parent
+MADE = "<!-- Made by docs/generate.py from {source}; change it there, then run `make docs`. -->"
+
+
+def catalogue() -> str:
+    """The columns of the catalogue, the bits of its flags and of the masks behind them."""
+    columns = [(f"`{c.name}`", c.dtype, c.unit, c.meaning) for c in records.CATALOGUE]
+    return page(
+        "The catalogue",
+        "batchproc/records.py",
+        "One row a candidate. The same names and units are in the schema of the Parquet files. "
+        "“File unit” is the unit of the pixels of `new`, as its file has it.",
+        table(("column", "dtype", "unit", "meaning"), columns),
+        "## `flags`",
+        "Bits of `batchproc.Flag`; 0 is a clean detection.",
+        bits(records.Flag),
+        "## Masks",
+        "Bits of the image masks from which the flags follow; 0 is a good pixel.",
+        bits(records.MaskBit),
+    )
+
+
+def configuration() -> str:
+    """Every setting: one table of the TOML file a stage."""
+    defaults = config.Config()
+    top, parts = [], []
+    for name, about in field_docs(config.Config).items():
+        value = getattr(defaults, name)
+        if not dataclasses.is_dataclass(value):
+            top.append((f"`{name}`", f"`{toml(value)}`", about))
+            continue
+        cls = type(value)
+        rows = [(f"`{key}`", f"`{toml(getattr(value, key))}`", text) for key, text in field_docs(cls).items()]
+        parts += [f"## `[{name}]`", inspect.cleandoc(cls.__doc__ or ""), table(("key", "default", "meaning"), rows)]
+    return page(
+        "Configuration",
+        "batchproc/config.py",
+        "`batchproc run … --config C.toml`. Every key is optional, and a key left out has the default given here. An "
+        "unknown key, a wrong type or a value out of range is refused before anything starts. The settings in force "
+        "are kept in `RUN/config.toml`.",
+        "```toml\nthreads = 1\n\n[detect]\nthreshold = 6.0\n```",
+        table(("key", "default", "meaning"), top),
+        *parts,
+    )
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The string under each field of a dataclass, by the field's name."""
+    body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for here, below in zip(body, [*body[1:], None], strict=True):
+        if isinstance(here, ast.AnnAssign) and isinstance(here.target, ast.Name):
+            text = ""
+            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                text = inspect.cleandoc(str(below.value.value))
+            docs[here.target.id] = " ".join(text.split())
+    return docs
+
+
+def bits(flags: type[IntFlag]) -> str:
+    """A table of an `IntFlag`; the meanings are the comments beside its members."""
+    rows = []
+    for line in inspect.getsource(flags).splitlines():
+        code, _, meaning = line.partition("#:")
+        name = code.split("=")[0].strip()
+        if meaning and name in flags.__members__:
+            rows.append((str(flags[name].value), f"`{name}`", meaning.strip()))
+    return table(("bit", "name", "meaning"), rows)
+
+
+def toml(value: Any) -> str:
+    """A default as one writes it in TOML."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---" for _ in head], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def page(title: str, source: str, *parts: str) -> str:
+    """A page that says where it comes from."""
+    return "\n\n".join([f"# {title}", MADE.format(source=source), *parts]) + "\n"
+
+
+PAGES = {"catalogue.md": catalogue, "configuration.md": configuration}
+
+
+def main(arguments: list[str]) -> int:
+    """Write the pages, or compare them (``--check``)."""
+    stale = [
+        name
+        for name, make in PAGES.items()
+        if not (HERE / name).exists() or (HERE / name).read_text(encoding="utf-8") != make()
+    ]
+    if "--check" in arguments:
+        if stale:
+            print(f"not what the code says: {', '.join(f'docs/{name}' for name in stale)}; run `make docs`")
+        return 1 if stale else 0
+    for name in stale:
+        (HERE / name).write_text(PAGES[name](), encoding="utf-8")
+        print(f"docs/{name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
