@@ -98,7 +98,7 @@ class SubtractConfig:
     """ZOGY."""
 
     tile: int = 1024
-    """Side of the Fourier tile in pixels, border included; small images use a smaller one of 256, 512, 1024."""
+    """Largest side of the Fourier tiles in pixels, border included: 256, 512, 1024 or 2048; each has its own PSF."""
     renormalise: bool = True
     """Divide S_corr by its measured width on blank sky; the factor is in the receipt."""
     source_noise: bool = True

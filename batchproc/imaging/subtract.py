@@ -9,6 +9,7 @@ Everything that tiles hand back is scaled by sqrt(F_S) of its tile, so that it i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -20,7 +21,10 @@ from batchproc.errors import SubtractError
 from batchproc.imaging.zogy import apply_filters, fill_masked, make_filters
 from batchproc.records import Difference, MaskBit, PsfLike
 
-__all__ = ["ResidualModel", "Subtraction", "Tile", "blank_sky_width", "plan_tiles", "subtract"]
+__all__ = ["SIDES", "ResidualModel", "Subtraction", "Tile", "blank_sky_width", "plan_tiles", "subtract"]
+
+#: Sides of Fourier frames in pixels.
+SIDES = (256, 512, 1024, 2048)
 
 #: S_corr's histogram in receipts: counts on these edges.
 HISTOGRAM_EDGES = np.arange(-8.0, 8.01, 0.25)
@@ -85,25 +89,29 @@ class Subtraction:
 def plan_tiles(shape: tuple[int, int], border: int, largest: int = 1024) -> tuple[Tile, ...]:
     """Cover an image with square frames of one size.
 
-    The size is the smallest of 256, 512, 1024, 2048 (up to `largest`) that either holds the whole image with its
-    borders or leaves at least half its side to keep; few sizes mean few plans and little wisdom.
+    The size is the one of 256, 512, 1024, 2048 (up to `largest`) that transforms the fewest pixels, borders included;
+    few sizes mean few plans and little wisdom.
 
     Raises
     ------
     SubtractError
-        When the border leaves nothing of the largest tile.
+        When the border leaves less than a quarter of the largest tile's side.
     """
-    sizes = [size for size in (256, 512, 1024, 2048) if size <= largest]
-    whole = [size for size in sizes if size >= max(shape) + 2 * border]
-    side = whole[0] if whole else sizes[-1]
-    core = side - 2 * border
-    if core < side // 4:
+    sizes = [side for side in SIDES if side <= largest and side - 2 * border >= side // 4]
+    if not sizes:
         raise SubtractError(
-            f"a PSF stamp that needs a border of {border} pixels leaves {core} of a tile of {side}; "
+            f"a PSF stamp that needs a border of {border} pixels leaves {largest - 2 * border} of a tile of {largest}; "
             "use a larger subtract.tile or a smaller psf.size_fwhm",
             border=border,
-            tile=side,
+            tile=largest,
         )
+
+    def cost(side: int) -> float:
+        frames = math.prod(-(-length // (side - 2 * border)) for length in shape)
+        return frames * side**2 * math.log2(side)
+
+    side = min(sizes, key=cost)
+    core = side - 2 * border
     tiles = [
         Tile(y0 - border, x0 - border, side, y0, y1, x0, x1)
         for y0, y1 in _split(shape[0], core)
