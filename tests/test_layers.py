@@ -1,0 +1,58 @@
+"""The floor plan of docs/architecture.md holds: a module imports only from its own floor or one below it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "batchproc"
+
+#: First part of a module's name under ``batchproc`` → its floor.
+FLOORS = {
+    "errors": 0,
+    "records": 0,
+    "config": 0,
+    "imaging": 1,
+    "learning": 1,
+    "io": 2,
+    "flow": 3,
+    "distribute": 4,
+    "report": 5,
+    "cli": 5,
+}
+#: Beside the house: may import anything, and nothing imports it.
+BESIDE = {"training"}
+#: The shop window names every floor, and loads none of them before it is asked to.
+WINDOW = {"__init__", "__main__"}
+
+
+def part_of(module: str) -> str:
+    """'io' of 'batchproc.io.stamps', '' of 'batchproc' itself."""
+    return (module.split(".") + [""])[1]
+
+
+def imported_parts(path: Path) -> set[str]:
+    """The parts of batchproc that a file imports, wherever in it the import stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {part_of(alias.name) for alias in node.names if alias.name.split(".")[0] == "batchproc"}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import; write it in full"
+            if (node.module or "").split(".")[0] == "batchproc":
+                inner = part_of(node.module)
+                found |= {inner} if inner else {alias.name for alias in node.names}
+    return found - {"", "__version__"}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    """No module imports from a floor above its own, and none imports the training code."""
+    here = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if here in WINDOW | BESIDE:
+        return
+    assert here in FLOORS, f"batchproc/{here} has no floor: give it one here and in docs/architecture.md"
+    above = {part for part in imported_parts(path) if part in BESIDE or FLOORS.get(part, 99) > FLOORS[here]}
+    assert not above
