@@ -30,7 +30,7 @@ WINDOW = {"__init__", "__main__"}
 
 def part_of(module: str) -> str:
     """'io' of 'batchproc.io.stamps', '' of 'batchproc' itself."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def imported_parts(path: Path) -> set[str]:
