@@ -1,0 +1,212 @@
+"""Which reference covers which image: manifests from lists of files.
+
+Footprints are sampled: a grid of points over each image, taken to the sky and into the pixels of the references.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+
+from batchproc.errors import ManifestError, ReadError
+from batchproc.io.fitsfile import quiet, split_hdu
+from batchproc.io.images import ImageInfo, image_hdus, inspect_image
+from batchproc.io.profiles import load_profile
+
+__all__ = ["build_manifest", "covers"]
+
+#: Points a side of the grid over an image.
+GRID = 9
+
+
+def build_manifest(
+    images: Iterable[str | Path], references: Iterable[str | Path], *, instrument: str | None = None
+) -> pd.DataFrame:
+    """Give each image the references that cover it.
+
+    Parameters
+    ----------
+    images, references : iterable of str or Path
+        Files; one with several CCDs gives a row, or a reference, for each of them.
+    instrument : str, optional
+        Name of the instrument profile; by default each header is recognised.
+
+    Returns
+    -------
+    DataFrame
+        Columns ``image_id`` (from the file's name, made unique), ``new``, ``ref``, ``survey`` and, where such files
+        exist, ``new_mask``, ``ref_mask``, ``new_variance``, ``ref_variance``; absolute paths. An image gets the fewest
+        references of its filter that together cover what can be covered of it. ``attrs["notes"]`` says which images
+        were left out, and why.
+
+    Raises
+    ------
+    ManifestError
+        No image has a reference.
+    """
+    if instrument is not None:
+        load_profile(instrument)  # a ConfigError now, not in every row
+    notes: list[str] = []
+    news = _inspect_all(images, instrument, notes)
+    refs = _inspect_all(references, instrument, notes)
+    rows = []
+    for (spec, info), chosen in zip(news, _choose_all([i for _, i in news], [i for _, i in refs]), strict=True):
+        if not chosen:
+            notes.append(f"{spec}: {_why_none(info, [i for _, i in refs])}")
+            continue
+        rows.append(_row(spec, info, [refs[number] for number in chosen]))
+    if not rows:
+        detail = "\n".join(f"  {note}" for note in notes[:20]) or "  no images given"
+        raise ManifestError(f"no image has a reference:\n{detail}")
+    table = pd.DataFrame(rows)
+    table.insert(0, "image_id", _unique_ids(table["new"]))
+    table = table.loc[:, [name for name in table if table[name].astype(bool).any()]]
+    table.attrs["notes"] = notes
+    return table
+
+
+def covers(reference: ImageInfo, image: ImageInfo) -> NDArray[np.bool_]:
+    """Which points of a grid over an image fall on a reference.
+
+    Returns
+    -------
+    ndarray (GRID², ) bool
+        All False where either has no WCS.
+    """
+    if reference.wcs is None or image.wcs is None:
+        return np.zeros(GRID * GRID, bool)
+    ny, nx = reference.shape
+    with quiet(), np.errstate(all="ignore"):
+        sky = image.wcs.all_pix2world(_grid(image.shape), 0)
+        # The inverse of a distortion may not converge far from the image it was fitted on: good enough without it.
+        try:
+            xy = reference.wcs.all_world2pix(sky, 0, quiet=True)
+        except Exception:
+            xy = reference.wcs.wcs_world2pix(sky, 0)
+    inside = (xy >= -0.5) & (xy <= [nx - 0.5, ny - 0.5])
+    return np.asarray(inside.all(axis=1))
+
+
+def _grid(shape: tuple[int, int]) -> NDArray[np.float64]:
+    ny, nx = shape
+    y, x = np.meshgrid(np.linspace(0, ny - 1, GRID), np.linspace(0, nx - 1, GRID), indexing="ij")
+    return np.column_stack([x.ravel(), y.ravel()])
+
+
+def _inspect_all(paths: Iterable[str | Path], instrument: str | None, notes: list[str]) -> list[tuple[str, ImageInfo]]:
+    found = []
+    for path in paths:
+        try:
+            for spec in image_hdus(os.path.abspath(os.path.expanduser(path))):
+                found.append((spec, inspect_image(spec, profile=instrument)))
+        except ReadError as error:
+            notes.append(str(error))
+    return found
+
+
+def _choose_all(images: Sequence[ImageInfo], references: Sequence[ImageInfo]) -> list[list[int]]:
+    """Indices of the references of each image."""
+    placed = [number for number, reference in enumerate(references) if reference.wcs is not None]
+    if placed:
+        centres, radii = zip(*(_circle(references[number]) for number in placed), strict=True)
+        tree, largest = cKDTree(np.array(centres)), max(radii)
+    chosen: list[list[int]] = []
+    for image in images:
+        if len(references) == 1 and (image.wcs is None or references[0].wcs is None):
+            # Nothing says that they do not belong together: star patterns will tell.
+            chosen.append([0] if _allowed(image, references[0]) else [])
+            continue
+        if image.wcs is None or not placed:
+            chosen.append([])
+            continue
+        centre, radius = _circle(image)
+        near = [placed[number] for number in sorted(tree.query_ball_point(centre, largest + radius))]
+        chosen.append(_cover(image, references, [number for number in near if _allowed(image, references[number])]))
+    return chosen
+
+
+def _cover(image: ImageInfo, references: Sequence[ImageInfo], near: Sequence[int]) -> list[int]:
+    """Greedily the reference that adds most, until nothing is added; of equal ones the first."""
+    covered = {number: covers(references[number], image) for number in near}
+    chosen: list[int] = []
+    left = np.ones(GRID * GRID, bool)
+    while covered:
+        best = max(covered, key=lambda number: (int((covered[number] & left).sum()), -number))
+        if not (covered[best] & left).any():
+            break
+        chosen.append(best)
+        left &= ~covered.pop(best)
+    return chosen
+
+
+def _allowed(image: ImageInfo, reference: ImageInfo) -> bool:
+    filters = image.texts["filter"], reference.texts["filter"]
+    same_file = image.path == reference.path and image.hdu.index == reference.hdu.index
+    return not same_file and (not all(filters) or filters[0] == filters[1])
+
+
+def _circle(info: ImageInfo) -> tuple[NDArray[np.float64], float]:
+    """Unit vector of the image's centre, and the chord from there to its farthest point."""
+    with quiet():
+        lon, lat = np.radians(info.wcs.all_pix2world(_grid(info.shape), 0)).T
+    points = np.column_stack([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)])
+    centre = points[len(points) // 2]
+    return centre, float(np.sqrt(((points - centre) ** 2).sum(axis=1)).max())
+
+
+def _why_none(image: ImageInfo, references: Sequence[ImageInfo]) -> str:
+    if image.wcs is None:
+        return f"left out: {image.notes[0] if image.notes else 'no WCS'}, and more than one reference to choose from"
+    overlapping = {reference.texts["filter"] for reference in references if covers(reference, image).any()}
+    if overlapping:
+        return f"left out: it is in filter {image.texts['filter']!r}, the references here in {sorted(overlapping)}"
+    return f"left out: none of {len(references)} references overlaps it"
+
+
+def _row(spec: str, info: ImageInfo, references: Sequence[tuple[str, ImageInfo]]) -> dict[str, Any]:
+    name = info.profile.name
+    row: dict[str, Any] = {
+        "new": spec,
+        "ref": ";".join(reference for reference, _ in references),
+        "survey": "" if name == "generic" else name,
+    }
+    for kind in ("mask", "variance"):
+        row[f"new_{kind}"] = _companion(spec, info, kind)
+        planes = [_companion(reference, described, kind) for reference, described in references]
+        row[f"ref_{kind}"] = ";".join(planes) if any(planes) else ""
+    return row
+
+
+def _companion(spec: str, info: ImageInfo, kind: str) -> str:
+    """Path of the file with the mask or the variance, if the profile says how it is called and it is there."""
+    path, hdu = split_hdu(spec)
+    for mine, its in getattr(info.profile.companions, kind):
+        other = path.with_name(path.name.replace(mine, its))
+        if mine in path.name and other.is_file():
+            return f"{other}[{hdu}]" if isinstance(hdu, str) else str(other)
+    return ""
+
+
+def _unique_ids(specs: Iterable[str]) -> list[str]:
+    """Ids from file names: the name without FITS suffixes, the HDU, and a number where names are the same."""
+    ids: list[str] = []
+    taken: set[str] = set()
+    for spec in specs:
+        path, hdu = split_hdu(spec)
+        stem = re.sub(r"(\.(fits?|fts|fz|gz))+$", "", path.name, flags=re.IGNORECASE)
+        name = re.sub(r"[^\w.+-]+", "_", stem if hdu is None else f"{stem}_{hdu}").strip("._") or "image"
+        unique, count = name, 1
+        while unique in taken:
+            count += 1
+            unique = f"{name}_{count}"
+        taken.add(unique)
+        ids.append(unique)
+    return ids

@@ -1,0 +1,502 @@
+"""Images: a FITS file, its planes and its instrument profile become an `Exposure` in electrons.
+
+`fitsfile` opens files, `profiles` and `headers` know what headers say, `planes` what masks and variances mean, `wcs`
+where the image lies. Here they are put together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchproc.errors import ExposureError, RawFrameError, ReadError
+from batchproc.io.fitsfile import FitsFile, Hdu, open_fits, split_hdu
+from batchproc.io.headers import Calibration, calibrate, measured_time, number, raw_reason, text
+from batchproc.io.planes import NONSENSE, decode_mask, decode_variance, mask_rule
+from batchproc.io.profiles import Profile, list_profiles, load_profile
+from batchproc.io.wcs import celestial_wcs, pixel_scale_arcsec
+from batchproc.records import Exposure, ManifestEntry, MaskBit, PsfLike
+
+__all__ = [
+    "ImageInfo",
+    "image_hdus",
+    "inspect_image",
+    "read_image",
+    "read_new",
+    "read_psf",
+    "read_refs",
+    "unknown_unit",
+]
+
+ProfileSource = str | Path | Profile | None
+#: Columns of the manifest that stand in for the header.
+OVERRIDES = ("gain", "read_noise", "saturation", "filter", "mjd", "exposure_id", "ccd", "survey")
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """What the headers say of an image, its pixels not read.
+
+    Attributes
+    ----------
+    path : str
+    hdu : Hdu
+    profile : Profile
+    calibration : Calibration
+    wcs : astropy.wcs.WCS or None
+    mjd : float
+    texts : dict
+        ``filter``, ``exposure_id``, ``ccd``, ``survey``; empty where unknown.
+    cards : dict
+        Keywords and values, the primary header's included.
+    notes : list of str
+        Remarks on the WCS.
+    """
+
+    path: str
+    hdu: Hdu
+    profile: Profile
+    calibration: Calibration
+    wcs: Any
+    mjd: float
+    texts: dict[str, str]
+    cards: dict[str, Any]
+    notes: list[str]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(ny, nx)."""
+        return self.hdu.shape[0], self.hdu.shape[1]
+
+
+def read_new(entry: ManifestEntry, *, profile: ProfileSource = None) -> Exposure:
+    """Read the new image of a manifest entry.
+
+    Parameters
+    ----------
+    entry : ManifestEntry
+        Its columns go before the header. ``gain`` is in electrons per unit of the file, ``saturation`` in units of the
+        file, ``read_noise`` in electrons.
+    profile : str, Path or Profile, optional
+        Default: the one that the column ``survey`` names, else the one that recognises the header.
+
+    Returns
+    -------
+    Exposure
+        In electrons. `Exposure.meta` has ``path``, ``hdu``, ``profile``, ``unit``, ``mjd`` (mid-exposure; NaN where
+        unknown), ``filter``, ``exposure_id``, ``ccd``, ``survey`` (empty where unknown), ``exposure_time`` (s),
+        ``pixel_scale`` (arcsec), ``assumed`` and ``notes`` (tuples of sentences), and ``variance_has_sources`` (whether
+        the variance plane holds the photon noise of sources too; None without a plane).
+
+    Raises
+    ------
+    ReadError
+        With path, HDU, what was found, what was expected, what to do.
+    RawFrameError
+        The frame is not calibrated.
+    """
+    given = {name: getattr(entry, name) for name in OVERRIDES if getattr(entry, name) is not None}
+    return read_image(
+        entry.new,
+        mask=entry.new_mask,
+        variance=entry.new_variance,
+        psf=entry.new_psf,
+        profile=profile or _named_profile(entry),
+        given=given,
+    )
+
+
+def read_refs(entry: ManifestEntry, *, profile: ProfileSource = None) -> list[Exposure]:
+    """Read the reference images of a manifest entry, in its order; see `read_new`.
+
+    The columns ``gain``, ``read_noise`` and ``saturation`` are those of new; for a reference they stand in where its
+    own header says nothing.
+    """
+    fallback = {name: getattr(entry, name) for name in OVERRIDES[:3] if getattr(entry, name) is not None}
+    return [
+        read_image(
+            path,
+            mask=_nth(entry.ref_mask, number),
+            variance=_nth(entry.ref_variance, number),
+            psf=_nth(entry.ref_psf, number),
+            profile=profile,
+            otherwise=_named_profile(entry),
+            fallback=fallback,
+        )
+        for number, path in enumerate(entry.ref)
+    ]
+
+
+def read_image(
+    path: str | Path,
+    *,
+    mask: str | None = None,
+    variance: str | None = None,
+    psf: str | None = None,
+    profile: ProfileSource = None,
+    otherwise: ProfileSource = None,
+    given: Mapping[str, Any] | None = None,
+    fallback: Mapping[str, Any] | None = None,
+) -> Exposure:
+    """Read one image with its planes.
+
+    Parameters
+    ----------
+    path : str or Path
+        ``image.fits``, ``image.fits[1]`` or ``image.fits[SCI]``; plain, ``.gz`` or ``.fz``.
+    mask, variance, psf : str, optional
+        Planes in other files; without them, those beside the image in its own file are taken.
+    profile : str, Path or Profile, optional
+        Default: the one that recognises the header.
+    otherwise : str, Path or Profile, optional
+        Takes the place of the generic profile where none recognises the header.
+    given : mapping, optional
+        Values that go before those of the header: see `OVERRIDES`.
+    fallback : mapping, optional
+        ``gain``, ``read_noise``, ``saturation`` where the header gives none.
+
+    Returns
+    -------
+    Exposure
+    """
+    location, hdu = split_hdu(path)
+    with open_fits(location) as file:
+        info = _inspect(file, hdu, profile, otherwise)
+        pixels = file.pixels(info.hdu)
+        mask_plane = _own_plane(file, info, "mask") if mask is None else None
+        variance_plane = _own_plane(file, info, "variance") if variance is None else None
+    if mask is not None:
+        mask_plane = _separate_plane(mask, info, "mask")
+    if variance is not None:
+        variance_plane = _separate_plane(variance, info, "variance")
+
+    calibration = _override(info, given or {}, fallback or {}, has_variance=variance_plane is not None)
+    bits = np.zeros(info.shape, np.uint8)
+    if mask_plane is not None:
+        cards = info.cards | mask_plane.cards
+        bits |= decode_mask(mask_plane.pixels, mask_rule(info.profile.mask, cards), cards)
+    data = _clean(pixels, bits, info)
+    del pixels
+    for (x0, x1, y0, y1), level in calibration.saturation_sections:
+        bits[y0:y1, x0:x1][data[y0:y1, x0:x1] >= level] |= np.uint8(MaskBit.SATURATED)
+    if not calibration.saturation_sections and math.isfinite(calibration.saturation):
+        bits[data >= calibration.saturation] |= np.uint8(MaskBit.SATURATED)
+    gain = calibration.electrons_per_unit
+    data *= np.float32(gain)
+    total_variance = None
+    if variance_plane is not None:
+        total_variance, bad = decode_variance(variance_plane.pixels, variance_plane.meaning, gain)
+        bits[bad] |= np.uint8(MaskBit.BAD)
+    return Exposure(
+        data=data,
+        variance=total_variance,
+        mask=bits,
+        psf=None if psf is None else read_psf(psf),
+        gain=gain,
+        read_noise=calibration.read_noise,
+        saturation=calibration.saturation * gain,
+        zero_point=calibration.zero_point,
+        wcs=info.wcs,
+        meta=_meta(info, calibration, given or {}, has_variance=variance_plane is not None),
+    )
+
+
+def inspect_image(path: str | Path, *, profile: ProfileSource = None, otherwise: ProfileSource = None) -> ImageInfo:
+    """Read the headers of an image only; raises the errors that `read_image` would raise on them."""
+    location, hdu = split_hdu(path)
+    with open_fits(location) as file:
+        return _inspect(file, hdu, profile, otherwise)
+
+
+def image_hdus(path: str | Path) -> list[str]:
+    """The images of a file as ``path[hdu]``: one for each CCD of a multi-extension file, the bare path if only one."""
+    location, hdu = split_hdu(path)
+    if hdu is not None:
+        return [str(path)]
+    with open_fits(location) as file:
+        candidates = _candidates(file, _choose_profile(_first_cards(file), None, None))
+        names = [candidate.name for candidate in candidates]
+        if len(candidates) < 2:
+            return [str(path)]
+        unique = all(names) and len(set(names)) == len(names)
+        return [f"{path}[{c.name if unique else c.index}]" for c in candidates]
+
+
+def read_psf(path: str | Path) -> PsfLike:
+    """Read a PSF: an image stamp, or a PSFEx ``.psf`` file.
+
+    Raises
+    ------
+    ReadError
+        Neither of the two, or a stamp that is no PSF.
+    """
+    from batchproc.imaging.psf import PsfModel
+
+    location, hdu = split_hdu(path)
+    with open_fits(location) as file:
+        for candidate in [file.find(hdu)] if hdu is not None else list(file):
+            if candidate.kind == "table" and "POLNAXIS" in candidate.header:
+                table = file.table(candidate)
+                return _as_psf(
+                    file, candidate, lambda c=candidate, t=table: PsfModel.from_psfex(c.header, t["PSF_MASK"][0])
+                )
+            if candidate.kind == "image" and candidate.shape:
+                stamp = np.asarray(file.pixels(candidate), dtype=np.float64)
+                return _as_psf(file, candidate, lambda s=stamp: PsfModel.from_array(s))
+        raise file.error(f"HDUs {file.contents()}", "a PSF stamp, or a PSFEx table", do="Name the HDU of the PSF.")
+
+
+def _as_psf(file: FitsFile, hdu: Hdu, build: Any) -> PsfLike:
+    try:
+        return build()  # type: ignore[no-any-return]
+    except ExposureError as error:
+        raise file.error(f"no usable PSF ({error})", "an odd-sized stamp with a positive sum", hdu=hdu.index) from error
+    except (KeyError, ValueError) as error:
+        raise file.error(f"no usable PSF ({error!r})", "an image stamp or a PSFEx table", hdu=hdu.index) from error
+
+
+# ---- which HDU, which profile
+
+
+def _inspect(file: FitsFile, hdu: int | str | None, profile: ProfileSource, otherwise: ProfileSource) -> ImageInfo:
+    first = _first_cards(file)
+    if hdu is None:
+        target = _choose_image(file, _choose_profile(first, profile, otherwise))
+    else:
+        target = file.find(hdu)
+        file.require_image(target)
+    cards = file[0].cards | target.cards
+    chosen = _choose_profile(cards, profile, otherwise)
+    _refuse_raw(file, target, cards, chosen)
+    shape = (target.shape[0], target.shape[1])
+    calibration = calibrate(cards, chosen, shape)
+    wcs, note = celestial_wcs(target.header, shape)
+    texts = {name: text(cards, getattr(chosen, name)) or "" for name in ("filter", "exposure_id", "ccd", "survey")}
+    mjd = measured_time(cards, chosen.time, calibration.exposure_time)
+    return ImageInfo(str(file.path), target, chosen, calibration, wcs, mjd, texts, cards, [note] if note else [])
+
+
+def _first_cards(file: FitsFile) -> dict[str, Any]:
+    """Cards of the primary HDU and of the first image, by which a profile is recognised."""
+    image = next((hdu for hdu in file if hdu.is_image_2d), file[0])
+    return file[0].cards | image.cards
+
+
+def _choose_profile(cards: Mapping[str, Any], profile: ProfileSource, otherwise: ProfileSource) -> Profile:
+    if profile is not None:
+        return load_profile(profile)
+    found = load_profile(cards)
+    if otherwise is None:
+        return found
+    named = load_profile(otherwise)
+    return named if found.name == "generic" or not named.match or named.recognises(cards) else found
+
+
+def _named_profile(entry: ManifestEntry) -> str | None:
+    return entry.survey if entry.survey in list_profiles() else None
+
+
+def _candidates(file: FitsFile, profile: Profile) -> list[Hdu]:
+    """The HDUs that may be meant by the file's bare path."""
+    images = [hdu for hdu in file if hdu.is_image_2d and hdu.name not in profile.extensions.planes]
+    return [hdu for hdu in images if hdu.name in profile.extensions.image] or images
+
+
+def _choose_image(file: FitsFile, profile: Profile) -> Hdu:
+    candidates = _candidates(file, profile)
+    if len(candidates) == 1:
+        file.require_image(candidates[0])
+        return candidates[0]
+    if not candidates:
+        for hdu in file:  # one with pixels, but not of two dimensions, deserves its own words
+            if hdu.kind == "image" and hdu.shape and not hdu.is_image_2d:
+                file.require_image(hdu)
+        raise file.error(f"HDUs {file.contents()}", "a 2-D image in one of them", do="Name an HDU, as in path[1].")
+    for hdu in candidates[:1]:
+        _refuse_raw(file, hdu, file[0].cards | hdu.cards, profile)
+    raise file.error(
+        f"{len(candidates)} images in HDUs {', '.join(hdu.label for hdu in candidates)}",
+        "one, or the HDU named",
+        do=f"Write {file.path}[{candidates[0].name or candidates[0].index}], say; one row of the manifest for each.",
+    )
+
+
+def _refuse_raw(file: FitsFile, hdu: Hdu, cards: Mapping[str, Any], profile: Profile) -> None:
+    reason = raw_reason(cards, profile, (hdu.shape[0], hdu.shape[1]))
+    if reason is None:
+        return
+    raise RawFrameError(
+        f"{file.path}[{hdu.index}]: not a calibrated image: {reason}. Subtract calibrated images (bias, flat field); "
+        f"if this is one, say so in a profile of your own: [raw] of {profile.name}.toml has the tests.",
+        path=str(file.path),
+        hdu=hdu.index,
+        found=reason,
+        expected="a calibrated image",
+        profile=profile.name,
+    )
+
+
+# ---- planes
+
+
+@dataclass(frozen=True)
+class _Plane:
+    pixels: NDArray[Any]
+    cards: dict[str, Any]
+    meaning: str
+
+
+def _own_plane(file: FitsFile, info: ImageInfo, kind: str) -> _Plane | None:
+    """The plane that sits beside the image: of the same EXTVER, or the next one after it."""
+    names = _plane_names(info.profile, kind)
+    found = [hdu for hdu in file if hdu.is_image_2d and hdu.name in names and hdu.index != info.hdu.index]
+    if len(found) > 1:
+        same_version = [hdu for hdu in found if hdu.version == info.hdu.version]
+        # Of several kinds (VARIANCE and WEIGHT) the first in the profile's order; of one kind the next in the file.
+        order = {name: number for number, name in enumerate(names)}
+        found = sorted(same_version or found, key=lambda hdu: (order[hdu.name], hdu.index < info.hdu.index, hdu.index))
+    return _load_plane(file, found[0], info, kind) if found else None
+
+
+def _separate_plane(spec: str, info: ImageInfo, kind: str) -> _Plane:
+    """A plane from another file: the HDU named, or the only one, or the one whose EXTNAME or number fits."""
+    location, wanted = split_hdu(spec)
+    with open_fits(location) as file:
+        if wanted is not None:
+            return _load_plane(file, file.find(wanted), info, kind)
+        images = [hdu for hdu in file if hdu.is_image_2d]
+        names = _plane_names(info.profile, kind)
+        for choice in (
+            images if len(images) == 1 else [],
+            [hdu for hdu in images if hdu.name in names],
+            [hdu for hdu in images if hdu.name == info.hdu.name and hdu.version == info.hdu.version],
+            [hdu for hdu in images if hdu.index == info.hdu.index],
+        ):
+            if len(choice) == 1:
+                return _load_plane(file, choice[0], info, kind)
+        raise file.error(f"HDUs {file.contents()}", f"one {kind} plane", do=f"Name its HDU, as in {spec}[1].")
+
+
+def _plane_names(profile: Profile, kind: str) -> list[str]:
+    extensions = profile.extensions
+    return extensions.mask if kind == "mask" else [*extensions.variance, *extensions.weight, *extensions.sigma]
+
+
+def _load_plane(file: FitsFile, hdu: Hdu, info: ImageInfo, kind: str) -> _Plane:
+    file.require_image(hdu)
+    if hdu.shape != info.hdu.shape:
+        found, expected = (f"{shape[1]} x {shape[0]} pixels" for shape in (hdu.shape, info.hdu.shape))
+        do = "Give the plane that belongs to this image."
+        raise file.error(
+            f"a {kind} plane of {found}", f"{expected}, as {info.path}[{info.hdu.index}]", hdu=hdu.index, do=do
+        )
+    extensions = info.profile.extensions
+    meaning = info.profile.variance.meaning
+    for name, names in (("variance", extensions.variance), ("weight", extensions.weight), ("sigma", extensions.sigma)):
+        meaning = name if hdu.name in names else meaning
+    return _Plane(file.pixels(hdu), hdu.cards, meaning)
+
+
+# ---- numbers
+
+
+def _override(
+    info: ImageInfo, given: Mapping[str, Any], fallback: Mapping[str, Any], *, has_variance: bool
+) -> Calibration:
+    """Put the manifest's numbers in, and make sure that there is a gain."""
+    now = info.calibration
+    values = {"gain": now.electrons_per_unit, "read_noise": now.read_noise, "saturation": now.saturation}
+    unknown = {
+        "gain": math.isnan(values["gain"]),
+        "read_noise": now.read_noise == 0,
+        "saturation": math.isinf(now.saturation),
+    }
+    sections, assumed = now.saturation_sections, dict(now.assumed)
+    for name in values:
+        if name in given:
+            values[name] = float(given[name])
+            assumed.pop(name, None)
+            sections = [] if name == "saturation" else sections
+        elif name in fallback and (name in assumed or unknown[name]):
+            values[name] = float(fallback[name])
+            assumed[name] = f"{name} = {values[name]:g} (the manifest's, given for new)"
+    if math.isnan(values["gain"]):
+        if not has_variance:
+            raise unknown_unit(info)
+        values["gain"] = 1.0
+        assumed["gain"] = f"gain = 1 (unit {now.unit!r} is not in electrons; the variance plane tells the noise)"
+    return replace(
+        now,
+        electrons_per_unit=values["gain"],
+        read_noise=values["read_noise"],
+        saturation=values["saturation"],
+        saturation_sections=sections,
+        assumed=assumed,
+    )
+
+
+def unknown_unit(info: ImageInfo) -> ReadError:
+    """The error of an image whose unit cannot be turned into electrons."""
+    unit, profile = info.calibration.unit, info.profile.name
+    rule = info.profile.unit.electrons.get("".join(unit.split()).lower(), "")
+    found = f"pixels in {unit!r}" + (" and no exposure time" if "exptime" in rule else "")
+    return ReadError(
+        f"{info.path}[{info.hdu.index}]: {found}; expected a unit that the profile {profile} can turn into electrons. "
+        f"Give the gain (electrons per unit of the file) in the manifest's column gain, or a variance plane, or the "
+        f"unit in [unit.electrons] of a profile of your own.",
+        path=info.path,
+        hdu=info.hdu.index,
+        found=found,
+        expected="a known unit",
+        profile=profile,
+    )
+
+
+def _clean(pixels: NDArray[Any], bits: NDArray[np.uint8], info: ImageInfo) -> NDArray[np.float32]:
+    """Pixels as float32 in file units; what is no number becomes NO_DATA in `bits` and holds the median instead."""
+    with np.errstate(all="ignore"):
+        data = np.array(pixels, dtype=np.float32)
+        bad = ~(np.abs(data) < NONSENSE)
+    bits[bad] |= np.uint8(MaskBit.NO_DATA)
+    empty = (bits & MaskBit.NO_DATA) != 0
+    good = data[~empty] if empty.any() else data
+    if good.size == 0 or good.min() == good.max():
+        found = "no finite pixel" if good.size == 0 else f"{good.min():g} in every pixel"
+        raise ReadError(
+            f"{info.path}[{info.hdu.index}]: {found}; expected an image of the sky. Look at the file: make it again, "
+            f"or take its row out of the manifest.",
+            path=info.path,
+            hdu=info.hdu.index,
+            found=found,
+            expected="an image of the sky",
+        )
+    if bad.any():
+        data[bad] = np.median(good.ravel()[:: max(1, good.size // 100_000)])
+    return data
+
+
+def _meta(info: ImageInfo, calibration: Calibration, given: Mapping[str, Any], *, has_variance: bool) -> dict[str, Any]:
+    scale = pixel_scale_arcsec(info.wcs) if info.wcs is not None else number(info.cards, info.profile.pixel_scale)
+    return {
+        "path": info.path,
+        "hdu": info.hdu.label,
+        "profile": info.profile.name,
+        "unit": calibration.unit,
+        "mjd": float(given.get("mjd", info.mjd)),
+        **{name: str(given.get(name, value)) for name, value in info.texts.items()},
+        "exposure_time": calibration.exposure_time,
+        "pixel_scale": scale,
+        "assumed": tuple(calibration.assumed.values()),
+        "notes": tuple(info.notes),
+        "variance_has_sources": info.profile.variance.has_sources if has_variance else None,
+    }
+
+
+def _nth(paths: tuple[str, ...], number: int) -> str | None:
+    return (paths[number] or None) if number < len(paths) else None

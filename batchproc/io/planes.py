@@ -1,0 +1,99 @@
+"""Mask and variance planes: file values in, `MaskBit` and electrons² out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchproc.io.profiles import MaskRule, holds
+from batchproc.records import MaskBit
+
+__all__ = ["decode_mask", "decode_variance", "mask_rule"]
+
+#: Larger values than this are some program's way to say "nothing here".
+NONSENSE = 1e30
+
+
+def mask_rule(rules: Sequence[MaskRule], cards: Mapping[str, Any]) -> MaskRule:
+    """The first rule that holds for these headers; without one, every non-zero pixel is bad."""
+    return next((rule for rule in rules if holds(rule.when, cards)), MaskRule())
+
+
+def decode_mask(plane: NDArray[Any], rule: MaskRule, cards: Mapping[str, Any]) -> NDArray[np.uint8]:
+    """Translate a mask plane.
+
+    Parameters
+    ----------
+    plane : ndarray (ny, nx)
+        Integers, or floating point with whole values; NaN is bad.
+    rule : MaskRule
+    cards : mapping
+        Header of the plane, where the rule refers to it.
+
+    Returns
+    -------
+    ndarray (ny, nx) uint8
+        Bits of `MaskBit`.
+    """
+    out = np.zeros(plane.shape, np.uint8)
+    if not np.issubdtype(plane.dtype, np.integer):
+        broken = ~(np.abs(plane) < 2**62)
+        out[broken] |= np.uint8(MaskBit.BAD)
+        plane = np.where(broken, 0, plane).astype(np.int64)
+    if rule.kind == "nonzero":
+        out[plane != 0] |= np.uint8(MaskBit.BAD)
+        return out
+    for bit, listed in (
+        (MaskBit.BAD, rule.bad),
+        (MaskBit.SATURATED, rule.saturated),
+        (MaskBit.NO_DATA, rule.no_data),
+        (MaskBit.COSMIC_RAY, rule.cosmic_ray),
+    ):
+        numbers = [int(cards.get(item, -1)) if isinstance(item, str) else int(item) for item in listed]
+        numbers = [value for value in numbers if value >= 0]
+        if rule.kind == "values":
+            out[np.isin(plane, numbers)] |= np.uint8(bit)
+        else:
+            # Bits above the width of the plane's type cannot be set.
+            pattern = sum(
+                1 << value for value in numbers if value < 8 * plane.dtype.itemsize - (plane.dtype.kind == "i")
+            )
+            out[(plane & plane.dtype.type(pattern)) != 0] |= np.uint8(bit)
+    return out
+
+
+def decode_variance(
+    plane: NDArray[Any], meaning: str, electrons_per_unit: float
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Turn a variance, weight or rms plane into electrons².
+
+    Parameters
+    ----------
+    plane : ndarray (ny, nx)
+    meaning : {"variance", "weight", "sigma"}
+        File units squared, their inverse, or file units.
+    electrons_per_unit : float
+
+    Returns
+    -------
+    variance : ndarray (ny, nx) float32
+        Electrons²; bad pixels hold the median of the good ones.
+    bad : ndarray (ny, nx) bool
+        Zero weight, or no positive finite variance.
+    """
+    values = plane.astype(np.float64)
+    with np.errstate(all="ignore"):
+        if meaning == "weight":
+            values = np.where(values > 0, 1.0 / values, np.nan)
+        elif meaning == "sigma":
+            values = np.where(values > 0, values * values, np.nan)
+        values *= electrons_per_unit**2
+        bad = ~((values > 0) & (values < NONSENSE))
+    if bad.all():
+        return np.zeros(plane.shape, np.float32), bad
+    if bad.any():
+        values[bad] = np.median(values[~bad])
+    return values.astype(np.float32), bad
