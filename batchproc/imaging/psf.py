@@ -1,0 +1,305 @@
+"""Measuring the PSF of an image from its stars.
+
+In turn, until they agree: each star's flux, position and sky from the model; the model from the stars. The model's
+pixel values are the least-squares solution over all pixels of all stars, each seen through the sub-pixel shift of its
+star, so nothing is resampled and nothing broadened (the idea of Anderson & King 2000, PASP 112, 1360, solved as one
+linear problem). What noise left in it is then shrunk, scale by scale.
+
+Stars are chosen in `stars`; the model itself, and PSFs from files, are in `psf_model`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize
+
+from batchproc.config import PsfConfig
+from batchproc.errors import PsfError
+from batchproc.imaging.moments import measure_moments
+from batchproc.imaging.polynomial import Frame, n_terms
+from batchproc.imaging.psf_model import (
+    EllipticalProfile,
+    PsfModel,
+    centring_offset,
+    edge_taper,
+    ellipticity,
+    half_maximum_width,
+)
+from batchproc.imaging.psf_stamps import StarStamps, cut_stars, model_stamps, refine, solve_planes
+from batchproc.imaging.shrink import shrink
+from batchproc.imaging.stars import Stars, find_stars, log_shape
+
+__all__ = ["PsfModel", "Stars", "find_stars", "fit_psf"]
+
+#: Rounds of stars from the model, model from the stars.
+_ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A model under construction: planes in the orthonormal basis of its stars are turned into `Frame` terms at the end."""
+
+    frame: Frame
+    profile: EllipticalProfile
+    planes: NDArray[np.float64]
+    degree: int
+
+    def stamps(self, stars: StarStamps) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Pixel part (n, size, size) and profile matrices (n, 3) at the stars."""
+        basis = self.frame.terms(stars.x, stars.y, self.degree)
+        return np.tensordot(basis, self.planes, axes=1), self.profile.matrix(self.frame, stars.x, stars.y)
+
+
+def fit_psf(
+    data: NDArray[np.floating],
+    variance: NDArray[np.floating] | None,
+    mask: NDArray[np.integer] | None,
+    *,
+    rms: NDArray[np.floating],
+    saturation: float = float("inf"),
+    config: PsfConfig | None = None,
+) -> PsfModel:
+    """The PSF of an image, varying across it where there are stars enough to say so.
+
+    Parameters
+    ----------
+    data : ndarray (ny, nx)
+        Background-subtracted image in electrons.
+    variance : ndarray (ny, nx) or None
+        Total variance of a pixel in electrons², sources included. It tells how many electrons² a source adds per
+        electron; ``None``: one, as for a single exposure.
+    mask : ndarray (ny, nx) or None
+        Non-zero is bad.
+    rms : ndarray (ny, nx)
+        Sky noise of a pixel in electrons.
+    saturation : float
+        Level above the sky, in electrons, at which pixels saturate.
+    config : PsfConfig
+
+    Returns
+    -------
+    PsfModel
+        Its `quality`: ``n_stars`` used; ``n_found``, candidates that were fit to use; ``n_detected``, sources of any
+        kind; ``degree`` of the polynomial in (x, y); ``chi2``, median reduced chi-square of the stars' cores (1 % of
+        the model counted as noise); ``residual``, rms of star minus model in the core over the peak, noise taken off,
+        median of the stars for which it can be told; ``ellipticity``, 1 − b/a at the centre.
+
+    Raises
+    ------
+    PsfError
+        Fewer usable stars than ``config.min_stars``.
+    """
+    config = config or PsfConfig()
+    found = find_stars(data, rms, mask, saturation=saturation, config=config)
+    _enough(len(found), found, config)
+    frame = Frame.of_image(data.shape)
+    varying = len(found) >= config.min_stars_varying
+    profile = _profile(found, frame, config.max_degree if varying else 0)
+    stars = cut_stars(data, rms, mask, found, _stamp_size(found, config))
+    stars = replace(stars, photons=_photons_per_electron(stars, variance, rms))
+    draft, stars = _fit_profile(profile, frame, stars)
+
+    degree = 0
+    for turn in range(_ROUNDS):
+        draft, stars = _round(draft, stars, config)
+        if turn == 0 and varying and config.max_degree > 0:
+            degree = _best_degree(draft, stars, config)
+            draft = _with_degree(draft, degree)
+    stars = _update_stars(draft, stars, reject=False, config=config)
+    return _finish(draft, stars, found)
+
+
+def _enough(n: int, found: Stars, config: PsfConfig) -> None:
+    if n < config.min_stars:
+        raise PsfError(
+            f"{n} usable stars for the PSF, at least {config.min_stars} needed ({found.n_detected} sources detected; "
+            f"usable means S/N above {config.snr_min:g}, unsaturated, isolated, point-like); give a PSF file, check the "
+            "mask and the saturation level, or lower psf.snr_min or psf.min_stars",
+            found=n,
+            needed=config.min_stars,
+            n_detected=found.n_detected,
+        )
+
+
+def _stamp_size(found: Stars, config: PsfConfig) -> int:
+    """Odd side in pixels: of the FWHM, and long enough for elongated stars."""
+    table = found.table
+    mean, radius = (table["xx"] + table["yy"]) / 2, np.hypot((table["xx"] - table["yy"]) / 2, table["xy"])
+    major = 2.3548 * float(np.percentile(np.sqrt(mean + radius), 90))
+    width = max(float(np.median(table["fwhm"])), 0.75 * major)
+    return int(np.clip(2 * round(config.size_fwhm * width / 2) + 1, 15, 81))
+
+
+def _photons_per_electron(
+    stars: StarStamps, variance: NDArray[np.floating] | None, rms: NDArray[np.floating]
+) -> float:
+    """Variance that a source adds, per electron: 1 for Poisson counts, less in a mean of exposures."""
+    if variance is None:
+        return 1.0
+    added = stars.cut(np.asarray(variance, dtype=np.float64) - np.asarray(rms, dtype=np.float64) ** 2)
+    bright = (stars.good > 0) & (stars.data > 3 * stars.rms[:, None, None])
+    return max(0.0, float(np.median(added[bright] / stars.data[bright]))) if bright.any() else 1.0
+
+
+def _profile(found: Stars, frame: Frame, max_degree: int) -> EllipticalProfile:
+    """Shape of the stars as a polynomial in (x, y), of the degree that predicts left-out stars best."""
+    table = found.table
+    shape = log_shape(table)
+    weight = 1 / np.hypot(0.02, 2.5 / table["snr"])[:, None]
+    best, best_error = np.zeros((1, 3)), np.inf
+    best_degree = 0
+    for degree in range(max_degree + 1):
+        if len(table) < 4 * n_terms(degree) and degree > 0:
+            break
+        basis = frame.terms(table["x"], table["y"], degree) * weight
+        q, r = np.linalg.qr(basis)
+        fit = q.T @ (shape * weight)
+        # Leave-one-out residual: the plain one over 1 − leverage.
+        left_out = (shape * weight - q @ fit) / np.maximum(1 - np.sum(q**2, axis=1), 1e-3)[:, None]
+        error = float(np.mean(np.minimum(np.sum(left_out**2, axis=1), 50.0)))
+        if error < 0.98 * best_error:
+            best, best_error, best_degree = np.linalg.solve(r, fit), error, degree
+    return EllipticalProfile(best, best_degree, 3.0)
+
+
+def _fit_profile(profile: EllipticalProfile, frame: Frame, stars: StarStamps) -> tuple[_Draft, StarStamps]:
+    """Exponent and width of the Moffat profile that fit the brighter stars best; their moments gave the shape."""
+    bright = stars.take(np.argsort(-stars.snr, kind="stable")[:60])
+
+    def draft_for(log_beta: float) -> _Draft:
+        beta = 1.0 + float(np.exp(log_beta))
+        coefficients = profile.coefficients.copy()
+        coefficients[0, 0] -= np.log(_moment_of_moffat(beta))
+        scaled = EllipticalProfile(coefficients, profile.degree, beta)
+        return _Draft(frame, scaled, np.zeros((1, stars.size, stars.size)), 0)
+
+    def misfit(log_beta: float) -> float:
+        draft = draft_for(log_beta)
+        fitted = refine(bright, *draft.stamps(bright), draft.profile.beta, edge_taper(stars.size), n_iter=2)
+        return float(np.mean(np.minimum(fitted.chi2, 10 * np.median(fitted.chi2))))
+
+    best = optimize.minimize_scalar(misfit, bounds=(np.log(0.4), np.log(20.0)), method="bounded", options={"xatol": 0.1})
+    draft = draft_for(float(best.x))
+    return draft, stars
+
+
+def _moment_of_moffat(beta: float) -> float:
+    """Adaptive second moment of a round Moffat profile over its α²."""
+    alpha, half = 6.0, 60
+    axis = np.arange(-half, half + 1) / alpha
+    stamp = (1 + axis[:, None] ** 2 + axis[None, :] ** 2) ** -beta
+    width = 2 * alpha * np.sqrt(2 ** (1 / beta) - 1)
+    found = measure_moments(stamp, np.array([half]), np.array([half]), fwhm=float(width))[0]
+    return float(found["xx"] / alpha**2)
+
+
+def _round(draft: _Draft, stars: StarStamps, config: PsfConfig) -> tuple[_Draft, StarStamps]:
+    stars = _update_stars(draft, stars, reject=True, config=config)
+    return _update_model(draft, stars), stars
+
+
+def _update_stars(draft: _Draft, stars: StarStamps, *, reject: bool, config: PsfConfig) -> StarStamps:
+    """Flux, position and sky of each star; stars that the model does not describe are left out."""
+    pixels, matrix = draft.stamps(stars)
+    stars = refine(stars, pixels, matrix, draft.profile.beta, edge_taper(stars.size), n_iter=3)
+    return _without_outliers(stars, config) if reject else stars
+
+
+def _without_outliers(stars: StarStamps, config: PsfConfig) -> StarStamps:
+    """Leave out stars that fit much worse than the others, that moved away, or that vanished."""
+    score = np.log(np.maximum(stars.chi2, 1e-6))
+    middle = np.median(score)
+    limit = middle + max(4 * 1.4826 * float(np.median(np.abs(score - middle))), 0.4)
+    good = (score < limit) & (np.hypot(stars.dx - stars.dx0, stars.dy - stars.dy0) < 1.0) & (stars.flux > 0)
+    if np.count_nonzero(good) < config.min_stars:
+        # Too few to be choosy: the best of them.
+        good = np.zeros(len(score), dtype=bool)
+        good[np.argsort(score, kind="stable")[: config.min_stars]] = True
+    return stars.take(np.flatnonzero(good))
+
+
+def _update_model(draft: _Draft, stars: StarStamps, n_iter: int = 8) -> _Draft:
+    """Pixel planes from the stars' residuals."""
+    pixels, matrix = draft.stamps(stars)
+    taper = edge_taper(stars.size)
+    # The gauge: star positions refer to the model's centre as moments define it, so the model must be drawn there.
+    shape = model_stamps(pixels, matrix, draft.profile.beta, taper)
+    half = (stars.size - 1) / 2
+    width = float(np.median(stars.fwhm))
+    middle = np.full(len(shape), half)
+    centres = [measure_moments(s, middle[:1], middle[:1], fwhm=width)[0] for s in shape]
+    dx = np.array([c["x"] - half if c["ok"] else 0.0 for c in centres])
+    dy = np.array([c["y"] - half if c["ok"] else 0.0 for c in centres])
+    centred = replace(stars, dx=stars.dx + np.clip(dx, -0.3, 0.3), dy=stars.dy + np.clip(dy, -0.3, 0.3))
+    basis = draft.frame.terms(stars.x, stars.y, draft.degree)
+    # Orthonormal over the stars: then the planes hardly know of each other, and converge in a few steps.
+    q, r = np.linalg.qr(basis)
+    rotated = np.tensordot(r, draft.planes, axes=1)
+    correction, noise = solve_planes(centred, q, pixels, matrix, draft.profile.beta, taper, n_iter=n_iter)
+    planes = np.stack([shrink(p, n) for p, n in zip(rotated + correction, noise, strict=True)])
+    return replace(draft, planes=np.tensordot(np.linalg.inv(r), planes * taper, axes=1))
+
+
+def _with_degree(draft: _Draft, degree: int) -> _Draft:
+    """The same model with room for more terms (or fewer)."""
+    planes = np.zeros((n_terms(degree), *draft.planes.shape[1:]))
+    old, new = _exponents(draft.degree), _exponents(degree)
+    for k, exponents in enumerate(old):
+        if exponents in new:
+            planes[new.index(exponents)] = draft.planes[k]
+    return replace(draft, planes=planes, degree=degree)
+
+
+def _exponents(degree: int) -> list[tuple[int, int]]:
+    return [(i, j) for j in range(degree + 1) for i in range(degree + 1 - j)]
+
+
+def _best_degree(draft: _Draft, stars: StarStamps, config: PsfConfig) -> int:
+    """The lowest degree beyond which stars that were left out are not predicted significantly better."""
+    n = len(stars.x)
+    halves = np.arange(0, n, 2), np.arange(1, n, 2)
+    best, best_score = 0, np.zeros(0)
+    for degree in range(config.max_degree + 1):
+        if degree > 0 and n < 10 * n_terms(degree):
+            break
+        score = np.empty(n)
+        for half, other in (halves, halves[::-1]):
+            trained = _update_model(_with_degree(draft, degree), stars.take(half), n_iter=5)
+            test = stars.take(other)
+            score[other] = refine(
+                test, *trained.stamps(test), trained.profile.beta, edge_taper(stars.size), n_iter=2
+            ).chi2
+        if degree == 0:
+            best_score = score
+            continue
+        gain = np.log(best_score) - np.log(score)
+        gain = np.clip(gain, *np.percentile(gain, [5, 95]))
+        if gain.mean() > 2 * gain.std() / np.sqrt(n):
+            best, best_score = degree, score
+    return best
+
+
+def _finish(draft: _Draft, stars: StarStamps, found: Stars) -> PsfModel:
+    bare = PsfModel(draft.planes, draft.degree, 1.0, frame=draft.frame, profile=draft.profile)
+    offset, offset_degree = centring_offset(bare)
+    model = replace(bare, offset=offset, offset_degree=offset_degree, n_stars=len(stars.x))
+    stamp = model.at(draft.frame.x0, draft.frame.y0)
+    quality = {
+        "n_stars": len(stars.x),
+        "n_found": len(found),
+        "n_detected": found.n_detected,
+        "degree": max(draft.degree, draft.profile.degree),
+        "chi2": float(np.median(stars.chi2)),
+        "residual": _residual(stars),
+        "ellipticity": ellipticity(stamp),
+    }
+    return replace(model, fwhm=half_maximum_width(stamp), quality=quality)
+
+
+def _residual(stars: StarStamps) -> float:
+    """Median over stars of the rms of (star − model) over the peak, noise taken off; the noisy half is left out."""
+    told = stars.noise_fraction <= np.median(stars.noise_fraction)
+    return float(np.sqrt(max(0.0, np.median(stars.residual[told] ** 2 - stars.noise_fraction[told] ** 2))))

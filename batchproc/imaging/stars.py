@@ -1,0 +1,268 @@
+"""Which sources are stars fit to measure the PSF from.
+
+The choice decides more than the algebra that follows. There is no absolute cut in roundness: stars may be elongated,
+and differently so across the image. What stars have in common is that, place by place, they all look alike; so the
+shape of the brighter sources is followed over the image, and what strays from it is not a star (galaxies and blends
+are larger, particle hits smaller, saturated stars flatter).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.spatial import cKDTree
+
+from batchproc.config import PsfConfig
+from batchproc.imaging.extract import extract_sources
+from batchproc.imaging.moments import fwhm_of, measure_moments
+from batchproc.imaging.polynomial import Frame, n_terms
+
+__all__ = ["Stars", "find_stars", "log_shape"]
+
+#: Columns of `Stars.table`.
+STAR = np.dtype(
+    [(name, "f8") for name in ("x", "y", "xx", "yy", "xy", "flux", "snr", "fwhm", "peak")] + [("segment", "i4")]
+)
+
+#: Pixels above this fraction of the saturation level may be non-linear already.
+_SATURATION_MARGIN = 0.8
+#: Sharper than this along either axis (FWHM, pixels) is a hot pixel or a particle track, not light through optics.
+_SHARPEST_FWHM = 1.3
+#: Light of neighbours in the middle of a star, as a fraction of its own peak, that is let through; the next value
+#: is tried where fewer stars than `PsfConfig.min_stars_varying` pass.
+_CONTAMINATION = (0.01, 0.03, 0.1)
+
+
+@dataclass(frozen=True)
+class Stars:
+    """Stars that may serve to measure the PSF.
+
+    Attributes
+    ----------
+    table : structured ndarray (n,)
+        ``x, y`` (pixels), ``xx, yy, xy`` (pixels², `measure_moments`), ``flux``, ``snr``, ``fwhm`` (pixels), ``peak``
+        (highest pixel), ``segment`` (its label in `segments`); the best first.
+    segments : ndarray (ny, nx) int32
+        Label of the source that owns each pixel, 0 for sky: tells the pixels of a star's neighbours.
+    n_detected : int
+        Sources of any kind above the detection threshold.
+    """
+
+    table: NDArray[np.void]
+    segments: NDArray[np.int32]
+    n_detected: int
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def x(self) -> NDArray[np.float64]:
+        """Position in pixels."""
+        return np.array(self.table["x"])
+
+    @property
+    def y(self) -> NDArray[np.float64]:
+        """Position in pixels."""
+        return np.array(self.table["y"])
+
+
+def find_stars(
+    data: NDArray[np.floating],
+    rms: NDArray[np.floating],
+    mask: NDArray[np.integer] | None,
+    *,
+    saturation: float = float("inf"),
+    config: PsfConfig | None = None,
+) -> Stars:
+    """Bright, unsaturated, isolated, point-like sources, well spread over the image.
+
+    Parameters
+    ----------
+    data : ndarray (ny, nx)
+        Background-subtracted image.
+    rms : ndarray (ny, nx)
+        Sky noise of a pixel, in the units of `data`.
+    mask : ndarray (ny, nx) or None
+        Non-zero is bad.
+    saturation : float
+        Level above the sky, in the units of `data`, at which pixels saturate.
+    config : PsfConfig
+        ``snr_min``, ``max_stars``, ``min_stars_varying``.
+
+    Returns
+    -------
+    Stars
+        Possibly none at all; it is for the caller to say how many are enough.
+    """
+    config = config or PsfConfig()
+    finite = np.isfinite(data)
+    bad = ~finite if mask is None else (np.asarray(mask) != 0) | ~finite
+    image = np.where(bad, 0, data).astype(np.float32)
+    noise = np.asarray(rms, dtype=np.float32)
+    objects, segments = extract_sources(image, noise, bad, threshold=3.0)
+    sources = _measure(objects, image, noise)
+
+    clean = sources[_clean(sources, bad, saturation, config)]
+    alike = clean[_alike(clean, Frame.of_image(data.shape), config)]
+    stars = alike
+    for limit in _CONTAMINATION:
+        stars = alike[_contamination(alike, sources) < limit]
+        if len(stars) >= config.min_stars_varying:
+            break
+    return Stars(_spread(stars, data.shape, config.max_stars), segments, len(objects))
+
+
+def log_shape(table: NDArray[np.void]) -> NDArray[np.float64]:
+    """Matrix logarithm of the covariance, as (n, 3): half its trace, half the difference of its diagonal, off-diagonal.
+
+    A polynomial through these numbers always is a valid shape again, and relative changes count alike.
+    """
+    mean, half = (table["xx"] + table["yy"]) / 2, (table["xx"] - table["yy"]) / 2
+    radius = np.hypot(half, table["xy"])
+    largest, smallest = np.log(mean + radius), np.log(np.maximum(mean - radius, 1e-6))
+    stretch = (largest - smallest) / 2 / np.maximum(radius, 1e-12)
+    return np.stack([(largest + smallest) / 2, stretch * half, stretch * table["xy"]], axis=-1)
+
+
+def _measure(objects: NDArray[Any], image: NDArray[np.float32], rms: NDArray[np.float32]) -> NDArray[np.void]:
+    """Table of all sources; those without usable moments have ``snr`` 0."""
+    table = np.zeros(len(objects), dtype=STAR)
+    if not len(objects):
+        return table
+    width = 2.3548 * np.sqrt(np.median(objects["a"] * objects["b"]))
+    moments = measure_moments(image, objects["x"], objects["y"], fwhm=max(2.0, float(width)))
+    for name in ("x", "y", "xx", "yy", "xy", "flux"):
+        table[name] = moments[name]
+    table["peak"] = objects["peak"]
+    table["segment"] = np.arange(1, len(objects) + 1)
+    table["fwhm"] = fwhm_of(moments)
+    ny, nx = image.shape
+    sky = rms[np.clip(objects["y"].astype(int), 0, ny - 1), np.clip(objects["x"].astype(int), 0, nx - 1)]
+    # Noise of the flux under a Gaussian weight: sigma sqrt(4 pi sigma_x sigma_y), and the star's own photons.
+    area = 4 * np.pi * (table["fwhm"] / 2.3548) ** 2
+    ok = moments["ok"] & (table["flux"] > 0) & (area > 0)
+    table["snr"][ok] = table["flux"][ok] / np.sqrt(sky[ok] ** 2 * area[ok] + table["flux"][ok])
+    lost = ~moments["ok"]  # still a neighbour of others
+    table["x"][lost], table["y"][lost], table["flux"][lost] = (
+        objects["x"][lost],
+        objects["y"][lost],
+        objects["flux"][lost],
+    )
+    return table
+
+
+def _clean(table: NDArray[np.void], bad: NDArray[np.bool_], saturation: float, config: PsfConfig) -> NDArray[np.bool_]:
+    """Bright enough, not saturated, not as sharp as a particle hit, inside the image, no bad pixel in the core."""
+    good: NDArray[np.bool_] = (table["snr"] >= config.snr_min) & (table["peak"] < _SATURATION_MARGIN * saturation)
+    mean, half = (table["xx"] + table["yy"]) / 2, (table["xx"] - table["yy"]) / 2
+    minor = mean - np.hypot(half, table["xy"])
+    good &= minor > (_SHARPEST_FWHM / 2.3548) ** 2
+    ny, nx = bad.shape
+    margin = 1.5 * table["fwhm"]
+    good &= (table["x"] > margin) & (table["x"] < nx - 1 - margin)
+    good &= (table["y"] > margin) & (table["y"] < ny - 1 - margin)
+    if good.any() and bad.any():
+        distance = ndimage.distance_transform_edt(~bad)
+        rows = np.flatnonzero(good)
+        centre = np.rint([table["y"][rows], table["x"][rows]]).astype(int)
+        major = np.sqrt((mean + np.hypot(half, table["xy"]))[rows])
+        good[rows] = distance[tuple(centre)] > 2.5 * major
+    return good
+
+
+def _alike(table: NDArray[np.void], frame: Frame, config: PsfConfig) -> NDArray[np.bool_]:
+    """Sources whose shape is that of the stars at their place.
+
+    The stars' shape is a polynomial in (x, y) through the densest ridge of the brighter sources: a redescending fit,
+    begun at the most common size and narrowed step by step while the polynomial gains terms.
+    """
+    if len(table) < 4:
+        return _near_smallest(table)
+    shape = log_shape(table)
+    # Error of a logarithm of a second moment, and of what is measured through noise.
+    error = 2.5 / table["snr"]
+    ridge = np.argsort(-table["snr"], kind="stable")[: max(60, min(400, len(table) // 2))]
+    size = shape[ridge, 0]
+    guess = np.median(shape[ridge], axis=0)
+    guess[0] = _mode(size)
+    near = np.abs(size - guess[0]) < 0.3
+    if near.any():
+        guess[1:] = np.median(shape[ridge][near, 1:], axis=0)
+
+    expected = np.broadcast_to(guess, shape.shape)
+    spread = 0.5
+    for width in (0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.0, 0.0, 0.0):
+        away = _distance(shape, expected, 0.0)
+        if width == 0.0:
+            inside = ridge[away[ridge] < 4 * np.hypot(spread, error[ridge])]
+            if inside.size < 4:
+                break
+            spread = max(0.01, 1.2 * float(np.median(away[inside])) / 1.5382)  # median of chi with 3 d.o.f.
+        scale = np.hypot(max(width, spread if width == 0.0 else width), error)
+        z = away[ridge] / scale[ridge]
+        weight = np.where(z < 4.0, (1 - (z / 4.0) ** 2) ** 2, 0.0) / scale[ridge] ** 2
+        count = np.count_nonzero(weight)
+        degree = max((d for d in (0, 1, 2, 3) if count >= 6 * n_terms(d) and d <= _degree_for(width)), default=0)
+        basis = frame.terms(table["x"], table["y"], degree)
+        root = np.sqrt(weight)[:, None]
+        if count >= 4:
+            solution = np.linalg.lstsq(basis[ridge] * root, shape[ridge] * root, rcond=1e-8)[0]
+            expected = basis @ solution
+    limit = 4.0 * np.hypot(spread, error)
+    return _distance(shape, expected, 0.0) < np.minimum(limit, 0.25)  # type: ignore[no-any-return]
+
+
+def _degree_for(width: float) -> int:
+    """Terms are let in as the ridge gets narrower: freedom too early would follow the galaxies."""
+    return 0 if width > 0.4 else 1 if width > 0.3 else 2 if width > 0.1 else 3
+
+
+def _distance(shape: NDArray[np.float64], expected: NDArray[np.float64], softening: float) -> NDArray[np.float64]:
+    return np.sqrt(np.sum((shape - expected) ** 2, axis=1) + softening**2)  # type: ignore[no-any-return]
+
+
+def _near_smallest(table: NDArray[np.void]) -> NDArray[np.bool_]:
+    """With a handful of sources there is no ridge; the smallest are the stars."""
+    if not len(table):
+        return np.zeros(0, dtype=bool)
+    return table["fwhm"] < 1.15 * table["fwhm"].min()  # type: ignore[no-any-return]
+
+
+def _mode(values: NDArray[np.float64], width: float = 0.08) -> float:
+    """Most common value, by a Gaussian kernel."""
+    density = np.exp(-0.5 * ((values[:, None] - values[None, :]) / width) ** 2).sum(axis=1)
+    return float(values[np.argmax(density)])
+
+
+def _contamination(stars: NDArray[np.void], sources: NDArray[np.void]) -> NDArray[np.float64]:
+    """Light of the worst neighbour at the centre of each star over the star's own peak.
+
+    Neighbours fade like ``(1 + (r / FWHM)²)^-2.5``, close to a Moffat profile's wings.
+    """
+    worst = np.zeros(len(stars))
+    if not len(stars) or len(sources) < 2:
+        return worst
+    tree = cKDTree(np.stack([sources["x"], sources["y"]], axis=-1))
+    for n, near in enumerate(tree.query_ball_point(np.stack([stars["x"], stars["y"]], axis=-1), 15 * stars["fwhm"])):
+        others = sources[[m for m in near if sources["segment"][m] != stars["segment"][n]]]
+        r2 = ((others["x"] - stars["x"][n]) ** 2 + (others["y"] - stars["y"][n]) ** 2) / stars["fwhm"][n] ** 2
+        light = np.maximum(others["flux"], 0) / stars["flux"][n] * (1 + r2) ** -2.5
+        worst[n] = light.max(initial=0.0)
+    return worst
+
+
+def _spread(stars: NDArray[np.void], shape: tuple[int, int], n_max: int) -> NDArray[np.void]:
+    """The best stars, taken in turn from the cells of a 5×5 grid, so that no corner is left out."""
+    order = np.argsort(-stars["snr"], kind="stable")
+    stars = stars[order]
+    ny, nx = shape
+    cell = (5 * stars["y"] / ny).astype(int) * 5 + (5 * stars["x"] / nx).astype(int)
+    rank = np.zeros(len(stars), dtype=int)
+    for c in np.unique(cell):
+        here = cell == c
+        rank[here] = np.arange(np.count_nonzero(here))
+    return stars[np.sort(np.argsort(rank, kind="stable")[:n_max])]
