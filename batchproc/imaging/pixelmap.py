@@ -242,7 +242,7 @@ class PixelMap:
         valid = good[1:, 1:] & good[1:, :-1] & good[:-1, 1:] & good[:-1, :-1]
         return cls((int(shape[0]), int(shape[1])), -MARGIN, (steps[0], steps[1]), np.array(values), valid)
 
-    def _axes(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _axes(self) -> tuple[NDArray, NDArray]:
         n_y, n_x = self.nodes.shape[2:]
         return self.origin + self.step[0] * np.arange(n_y), self.origin + self.step[1] * np.arange(n_x)
 

@@ -1,0 +1,422 @@
+"""How far two images of the same stars are apart, and how well that is known.
+
+Stars are found, matched and compared; a low polynomial describes the displacement where the stars call for one, and
+what scatter remains beyond the noise of their centroids is the registration error of ZOGY (E30).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import sep
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import minimize_scalar
+from scipy.spatial import cKDTree
+
+__all__ = ["Registration", "Stars", "detect_stars", "match_stars", "measure_registration", "register"]
+
+#: Brightest stars of each image that are compared; more add time, not accuracy, and chance matches in crowded fields.
+MAX_STARS = 1000
+#: Median of chi-square with one degree of freedom.
+MEDIAN_CHI2 = 0.4549364
+
+
+@dataclass(frozen=True)
+class Stars:
+    """Stars for registration, the brightest first. All arrays ``(n,)`` float64.
+
+    Attributes
+    ----------
+    x, y : windowed centroids, pixels
+    sigma : 1-sigma noise of x and of y each, pixels
+    flux : electrons
+    fwhm : pixels, twice the half-light radius
+    """
+
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    sigma: NDArray[np.float64]
+    flux: NDArray[np.float64]
+    fwhm: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return self.x.size
+
+    def __getitem__(self, index: NDArray | slice) -> Stars:
+        return Stars(self.x[index], self.y[index], self.sigma[index], self.flux[index], self.fwhm[index])
+
+    @property
+    def xy(self) -> NDArray[np.float64]:
+        """(n, 2)."""
+        return np.column_stack([self.x, self.y])
+
+
+@dataclass(frozen=True)
+class Registration:
+    """Displacement of ref against new over the image, on new's grid.
+
+    A star at (x, y) in new is at (x + dx, y + dy) in ref as it has been mapped onto new's grid. Call it for (dx, dy).
+
+    Attributes
+    ----------
+    coefficients : ndarray (2, n_terms) float64
+        Of dx and dy in pixels, for ``u^i v^j`` with ``i + j <= degree`` (see `polynomial_terms`).
+    degree : int
+        -1 for none: the stars call for no correction.
+    shape : (int, int)
+        (ny, nx) of new; u and v run from -1 to 1 over it.
+    rms_x, rms_y : float
+        Registration error in pixels that is left after the correction: scatter of the stars beyond the noise of their
+        centroids, and the error of the correction itself.
+    n_matches : int
+        Stars that were compared.
+    """
+
+    coefficients: NDArray[np.float64]
+    degree: int
+    shape: tuple[int, int]
+    rms_x: float
+    rms_y: float
+    n_matches: int
+
+    def __call__(self, x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(dx, dy) in pixels at (x, y) of new."""
+        x, y = np.broadcast_arrays(np.asarray(x, np.float64), np.asarray(y, np.float64))
+        dx, dy = np.moveaxis(polynomial_terms(x, y, self.degree, self.shape) @ self.coefficients.T, -1, 0)
+        return dx, dy
+
+    @property
+    def significant(self) -> bool:
+        """Whether the stars call for a correction."""
+        return self.degree >= 0
+
+    @property
+    def size_xy(self) -> tuple[float, float]:
+        """Rms of dx and of dy over the image, pixels."""
+        dx, dy = self(*_grid(self.shape).T)
+        return float(np.sqrt(np.mean(dx**2))), float(np.sqrt(np.mean(dy**2)))
+
+    @property
+    def size(self) -> float:
+        """Rms length of the correction over the image, pixels."""
+        return float(np.hypot(*self.size_xy))
+
+
+def detect_stars(
+    data: NDArray[np.float32],
+    mask: NDArray[np.bool_] | None,
+    saturation: float = np.inf,
+    *,
+    background: NDArray[np.float32] | None = None,
+    rms: float,
+) -> Stars:
+    """Well-exposed, isolated, unsaturated point sources.
+
+    Parameters
+    ----------
+    data : ndarray (ny, nx) float32
+        Background-subtracted, electrons.
+    mask : ndarray (ny, nx) bool or None
+        True where bad; a star with a bad pixel within its half-light radius is left out.
+    saturation : float
+        Electrons, sky included.
+    background : ndarray (ny, nx), optional
+        The sky that was subtracted, to compare with `saturation`.
+    rms : float
+        Sky noise, electrons.
+
+    Returns
+    -------
+    Stars
+        At most 2 `MAX_STARS`.
+
+    Notes
+    -----
+    The noise of a centroid with a Gaussian window of the star's own width s is, for a Gaussian star of flux F on sky
+    noise σ, ``8π s⁴ σ² / F² + (16/9) s² / F`` per coordinate, squared.
+    """
+    bad = mask
+    found = _extract(data, rms, bad)
+    found = found[np.argsort(-found["flux"], kind="stable")]
+    if found.size == 0:
+        return Stars(*np.empty((5, 0)))
+    alone = _isolated(found["x"], found["y"], found["flux"], 5 * float(np.median(found["a"])))
+    # Deblended (2), cut by the edge (8) or with an incomplete aperture or isophote (16, 32): no good centroid.
+    whole = (found["flag"] & (2 | 8 | 16 | 32)) == 0
+    found = found[alone & whole & (found["flux"] > 0)][: 4 * MAX_STARS]
+    x, y = found["x"], found["y"]
+    half_light, _ = sep.flux_radius(
+        data, x, y, 6.0 * np.clip(found["a"], 1.0, 30.0), 0.5, mask=bad, normflux=found["flux"]
+    )
+    half_light = np.clip(half_light, 0.5, 30.0)
+    window = half_light * (2 / 2.3548)  # of a Gaussian with this half-light radius
+    x_win, y_win, flag = sep.winpos(data, x, y, window, mask=bad)
+
+    sky = 0.0 if background is None else background[y.round().astype(int), x.round().astype(int)]
+    snr = found["flux"] / (rms * 2 * np.sqrt(np.pi) * window)
+    good = (np.hypot(x_win - x, y_win - y) < half_light) & (flag == 0) & (snr > 5)
+    good &= found["peak"] + sky < 0.9 * saturation
+    if bad is not None and bad.any():
+        good &= ~_near_masked(bad, x_win, y_win, half_light)
+    # The stellar locus: the brightest good ones are stars; much sharper is a particle hit, much wider a galaxy.
+    bright = np.nonzero(good & (snr > 20))[0][:50]
+    bright = bright if bright.size >= 5 else np.nonzero(good)[0][:50]
+    if bright.size:
+        locus = np.median(half_light[bright])
+        good &= (half_light > 0.6 * locus) & (half_light < 1.6 * locus)
+    flux = found["flux"]
+    sigma = np.sqrt(8 * np.pi * window**4 * rms**2 / flux**2 + 16 / 9 * window**2 / flux)
+    stars = Stars(x_win, y_win, sigma, flux, 2 * half_light)
+    return stars[good][: 2 * MAX_STARS]
+
+
+def match_stars(
+    xy_new: NDArray[np.float64], xy_ref: NDArray[np.float64], radius: float
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Indices of stars that are each other's nearest within `radius`; inputs (n, 2)."""
+    if len(xy_new) == 0 or len(xy_ref) == 0:
+        return np.empty(0, np.intp), np.empty(0, np.intp)
+    distance, j = cKDTree(xy_ref).query(xy_new, distance_upper_bound=radius)
+    _, i = cKDTree(xy_new).query(xy_ref)
+    mine = np.nonzero(np.isfinite(distance))[0]
+    mine = mine[i[j[mine]] == mine]
+    return mine, j[mine]
+
+
+def register(
+    new: Stars, ref_on_new: Stars, shape: tuple[int, int], radius: float, *, where: NDArray[np.float64] | None = None
+) -> Registration:
+    """Match and measure in turn, until the matches stay the same.
+
+    Parameters
+    ----------
+    new, ref_on_new : Stars
+        Both in pixels of new.
+    shape : (int, int)
+        Of new.
+    radius : float
+        Largest distance of a match, pixels.
+    where : ndarray (m, 2), optional
+        See `measure_registration`.
+    """
+    registration = _nothing(shape, 0)
+    before: tuple[NDArray, NDArray] | None = None
+    for _ in range(8):
+        dx, dy = registration(new.x, new.y)
+        pairs = match_stars(new.xy + np.column_stack([dx, dy]), ref_on_new.xy, radius)
+        if before is not None and np.array_equal(pairs[0], before[0]) and np.array_equal(pairs[1], before[1]):
+            break
+        before = pairs
+        i, j = pairs
+        sigma = np.hypot(new.sigma[i], ref_on_new.sigma[j])
+        registration = measure_registration(new.xy[i], ref_on_new.xy[j], sigma, shape, where=where)
+    return registration
+
+
+def measure_registration(
+    xy_new: NDArray[np.float64],
+    xy_ref_on_new: NDArray[np.float64],
+    sigma: NDArray[np.float64],
+    shape: tuple[int, int],
+    *,
+    max_degree: int = 3,
+    where: NDArray[np.float64] | None = None,
+) -> Registration:
+    """Displacement of matched stars as a polynomial of the degree that they call for.
+
+    The degree is that of the least BIC, among no correction at all and those with at least four stars a coefficient
+    whose error, averaged over `where`, is smaller than the scatter of one star (stars in one corner say nothing about
+    the other). Outliers are left out by Tukey's biweight.
+
+    Parameters
+    ----------
+    xy_new, xy_ref_on_new : ndarray (n, 2)
+        Matched positions, pixels of new.
+    sigma : ndarray (n,)
+        Centroid noise of the pair, pixels, the same along x and y.
+    shape : (int, int)
+        (ny, nx) of new.
+    max_degree : int
+        0 to 3.
+    where : ndarray (m, 2), optional
+        Points of new where the correction is wanted (where the two overlap); default the whole image.
+    """
+    n = len(xy_new)
+    if n < 3:
+        return _nothing(shape, n)
+    where = _grid(shape) if where is None or len(where) == 0 else where
+    displacement = xy_ref_on_new - xy_new
+    degrees = [d for d in range(max_degree + 1) if d == 0 or n >= 4 * _n_terms(d)]
+    degrees = [d for d in degrees if d == 0 or _mean_leverage(xy_new, d, shape, where) < 1]
+    keep = _inliers(xy_new, displacement, sigma, degrees[-1], shape)
+    if keep.sum() < 3:
+        return _nothing(shape, n)
+    xy, displacement, sigma = xy_new[keep], displacement[keep], sigma[keep]
+    fits = [_Fit.of(xy, displacement, sigma, degree, shape, where) for degree in (-1, *degrees)]
+    best = min(fits, key=lambda fit: fit.bic)
+    # Where nothing is corrected, a common offset may still hide in the noise: its error counts.
+    error2 = (best if best.degree >= 0 else fits[1]).error2
+    rms_x, rms_y = np.sqrt(best.excess2 + error2)
+    return Registration(best.coefficients, best.degree, shape, float(rms_x), float(rms_y), int(keep.sum()))
+
+
+def polynomial_terms(x: NDArray, y: NDArray, degree: int, shape: tuple[int, int]) -> NDArray[np.float64]:
+    """``(…, n_terms)``: u^i v^j with i + j <= degree, u and v from -1 to 1 over the image; no terms for degree -1."""
+    u = (2 * x - (shape[1] - 1)) / shape[1]
+    v = (2 * y - (shape[0] - 1)) / shape[0]
+    terms = [u**i * v**j for i in range(degree + 1) for j in range(degree + 1 - i)]
+    return np.stack(terms, axis=-1) if terms else np.empty((*x.shape, 0))
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A weighted least-squares polynomial, with the scatter beyond the noise as part of the model."""
+
+    degree: int
+    coefficients: NDArray[np.float64]  # (2, n_terms)
+    excess2: NDArray[np.float64]  # (2,) variance beyond the centroid noise, robust, along x and y
+    error2: float  # variance of the polynomial, averaged over the overlap
+    bic: float
+
+    @classmethod
+    def of(
+        cls,
+        xy: NDArray,
+        displacement: NDArray,
+        sigma: NDArray,
+        degree: int,
+        shape: tuple[int, int],
+        where: NDArray,
+    ) -> _Fit:
+        terms = polynomial_terms(xy[:, 0], xy[:, 1], degree, shape)
+        n, p = terms.shape
+        extra2, minus_two_log_l = 0.0, 0.0
+        for _ in range(3):  # weights and scatter depend on each other
+            coefficients, covariance = _solve(terms, displacement, sigma**2 + extra2)
+            residual = displacement - terms @ coefficients.T
+            extra2, minus_two_log_l = _likely_scatter2(residual, sigma)
+        freedom = max(n - p, 1) / n
+        excess2 = np.array([_robust_excess2(r, sigma, freedom) for r in residual.T])
+        error2 = _mean_variance(where, covariance, degree, shape)
+        return cls(degree, coefficients, excess2, error2, minus_two_log_l + 2 * p * np.log(2 * n))
+
+
+def _solve(terms: NDArray, displacement: NDArray, variance: NDArray) -> tuple[NDArray, NDArray]:
+    """Coefficients (2, p) and their covariance (p, p), the same for x and y."""
+    weights = 1 / np.maximum(variance, 1e-12)
+    inverse = np.linalg.pinv((terms * weights[:, None]).T @ terms)
+    return (inverse @ (terms * weights[:, None]).T @ displacement).T, inverse
+
+
+def _inliers(
+    xy: NDArray, displacement: NDArray, sigma: NDArray, degree: int, shape: tuple[int, int]
+) -> NDArray[np.bool_]:
+    """Stars within some 5 sigma of a robust polynomial (iterated biweight, from the medians outwards)."""
+    terms = polynomial_terms(xy[:, 0], xy[:, 1], degree, shape)
+    residual = displacement - np.median(displacement, axis=0)
+    if degree > 0:
+        # A gradient would look like scatter about the medians; least absolute deviations does not mind either.
+        for _ in range(20):
+            weight = 1 / np.maximum(np.hypot(*residual.T), 0.02)
+            residual = displacement - terms @ _solve(terms, displacement, 1 / weight)[0].T
+    keep = np.ones(len(xy), bool)
+    for _ in range(10):
+        extra2 = np.mean([_robust_excess2(r[keep], sigma[keep], 1.0) for r in residual.T])
+        total = sigma**2 + extra2 + 1e-8
+        distance2 = (residual**2).sum(axis=1) / total
+        weight = np.clip(1 - distance2 / 36, 0, None) ** 2
+        if np.count_nonzero(weight) < max(3, terms.shape[1]):
+            break
+        coefficients, _ = _solve(terms, displacement, total / np.maximum(weight, 1e-12))
+        residual = displacement - terms @ coefficients.T
+        before, keep = keep, distance2 < 25
+        if np.array_equal(before, keep):
+            break
+    return keep
+
+
+def _likely_scatter2(residual: NDArray, sigma: NDArray) -> tuple[float, float]:
+    """The most likely variance beyond the noise, common to x and y, and -2 log L there."""
+
+    def minus_two_log_l(log_extra2: float) -> float:
+        total = sigma**2 + np.exp(log_extra2)
+        return float(2 * np.log(total).sum() + ((residual**2).sum(axis=1) / total).sum())
+
+    best = minimize_scalar(minus_two_log_l, bounds=(np.log(1e-8), np.log(1e2)), method="bounded")
+    return float(np.exp(best.x)), float(best.fun)
+
+
+def _robust_excess2(residual: NDArray, sigma: NDArray, freedom: float) -> float:
+    """Variance that has to be added to sigma² to bring the median of chi-square to that of Gaussian noise."""
+
+    def median_chi2(extra2: float) -> float:
+        return float(np.median(residual**2 / (sigma**2 + extra2))) / (MEDIAN_CHI2 * freedom)
+
+    if residual.size == 0 or median_chi2(1e-12) <= 1:
+        return 0.0
+    low, high = 0.0, float(np.max(residual**2)) / (MEDIAN_CHI2 * freedom)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if median_chi2(middle) > 1 else (low, middle)
+    return high
+
+
+def _mean_leverage(xy: NDArray, degree: int, shape: tuple[int, int], where: NDArray) -> float:
+    """Variance of a polynomial averaged over the points `where`, in units of a star's."""
+    terms = polynomial_terms(xy[:, 0], xy[:, 1], degree, shape)
+    if np.linalg.matrix_rank(terms) < terms.shape[1]:
+        return np.inf
+    return _mean_variance(where, np.linalg.inv(terms.T @ terms), degree, shape)
+
+
+def _mean_variance(where: NDArray, covariance: NDArray, degree: int, shape: tuple[int, int]) -> float:
+    terms = polynomial_terms(where[:, 0], where[:, 1], degree, shape)
+    return float(np.mean(np.einsum("ni,ij,nj->n", terms, covariance, terms)))
+
+
+def _grid(shape: tuple[int, int]) -> NDArray[np.float64]:
+    """Points (81, 2) over the image."""
+    x, y = np.meshgrid(np.linspace(0, shape[1] - 1, 9), np.linspace(0, shape[0] - 1, 9))
+    return np.column_stack([x.ravel(), y.ravel()])
+
+
+def _n_terms(degree: int) -> int:
+    return (degree + 1) * (degree + 2) // 2
+
+
+def _nothing(shape: tuple[int, int], n_matches: int) -> Registration:
+    return Registration(np.empty((2, 0)), -1, shape, 0.0, 0.0, n_matches)
+
+
+def _extract(data: NDArray, rms: float, bad: NDArray[np.bool_] | None) -> NDArray:
+    """`sep.extract` at 5 sigma, with more room where a crowded or bright image overflows its buffers."""
+    room = sep.get_extract_pixstack()
+    try:
+        for _ in range(4):
+            try:
+                return sep.extract(data, 5.0, err=rms, mask=bad, minarea=5)
+            except Exception as error:
+                if "internal pixel buffer full" not in str(error):
+                    raise
+                sep.set_extract_pixstack(sep.get_extract_pixstack() * 8)
+        return sep.extract(data, 50.0, err=rms, mask=bad, minarea=5)
+    finally:
+        sep.set_extract_pixstack(room)
+
+
+def _near_masked(bad: NDArray[np.bool_], x: NDArray, y: NDArray, radius: NDArray) -> NDArray[np.bool_]:
+    """Any bad pixel in the square of half-width `radius` around (x, y)."""
+    low_x, high_x = (np.maximum(np.round(x + side * radius), 0).astype(int) for side in (-1, 1))
+    low_y, high_y = (np.maximum(np.round(y + side * radius), 0).astype(int) for side in (-1, 1))
+    boxes = zip(low_y, high_y, low_x, high_x, strict=True)
+    return np.array([bad[y0 : y1 + 1, x0 : x1 + 1].any() for y0, y1, x0, x1 in boxes], bool)
+
+
+def _isolated(x: NDArray, y: NDArray, flux: NDArray, radius: float) -> NDArray[np.bool_]:
+    """No neighbour within `radius` that has more than a twentieth of the star's flux."""
+    alone = np.ones(x.size, bool)
+    pairs = cKDTree(np.column_stack([x, y])).query_pairs(radius, output_type="ndarray")
+    for i, j in (pairs.T, pairs.T[::-1]):
+        alone[i[flux[j] > 0.05 * flux[i]]] = False
+    return alone
