@@ -1,0 +1,53 @@
+"""Draw the picture of the README from a finished run: ``python docs/make_picture.py RUN [PICTURE]``.
+
+Triplets of candidates that the model believes in: the new image, the reference, and the difference. They are chosen
+evenly along the significance, from the strongest to the faintest: the picture shows the whole range, not only the best.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from batchproc import open_catalogue, open_stamps
+
+COLUMNS = 8
+SCORE = "score_realbogus"
+
+
+def choose(catalogue: pd.DataFrame, count: int) -> pd.DataFrame:
+    """``count`` clean candidates that scored at least 0.5, from the most to the least significant."""
+    real = catalogue[(catalogue[SCORE] >= 0.5) & (catalogue["flags"] == 0)]
+    real = real.iloc[np.argsort(-np.abs(real["scorr"].to_numpy()), kind="stable")]
+    return real.iloc[np.linspace(0, len(real) - 1, count).round().astype(int)]
+
+
+def draw(run: str | Path, picture: str | Path, columns: int = COLUMNS) -> None:
+    """Write the picture."""
+    chosen = choose(open_catalogue(run), columns)
+    stamps = open_stamps(run)
+    figure, axes = plt.subplots(3, columns, figsize=(1.25 * columns, 4.1), layout="constrained")
+    for column, (_, row) in zip(axes.T, chosen.iterrows(), strict=True):
+        triplet = np.asarray(stamps[row["stamp_index"]])
+        sigma = [row["sigma_new"], row["sigma_ref"], np.nanstd(triplet[2][:12])]
+        for axis, plane, noise in zip(column, triplet, sigma, strict=True):
+            axis.imshow(plane, vmin=-4 * noise, vmax=12 * noise, cmap="gray", origin="lower", interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        column[0].set_title(f"{row['scorr']:+.0f} σ", fontsize=9)
+    for axis, name in zip(axes[:, 0], ("new", "reference", "difference"), strict=True):
+        axis.set_ylabel(name, fontsize=9)
+    figure.savefig(picture, dpi=100)
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    draw(arguments[0], arguments[1] if arguments[1:] else Path(__file__).parent / "images" / "transients.png")
