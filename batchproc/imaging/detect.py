@@ -1,0 +1,342 @@
+"""Detection: one row for each significant extremum of S_corr, of either sign, measured on D.
+
+    S_corr → peaks (SEP) → position, flux, shape (`measure`) → nature and surroundings (`features`) → flags
+
+Electrons throughout; `batchproc.flow` turns them into the units of the file and adds what needs a header.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import sep
+from numpy.typing import NDArray
+from scipy.ndimage import maximum_filter, minimum_filter
+from scipy.spatial import cKDTree
+
+from batchproc.config import DetectConfig
+from batchproc.errors import SubtractError
+from batchproc.imaging.cutouts import windows
+from batchproc.imaging.features import delta_test, dipole, distance_to_pixels, on_streak, score_response
+from batchproc.imaging.measure import PointSource, aperture_sum, fit_position, moments
+from batchproc.imaging.sources import BrightStars, Sources, find_sources
+from batchproc.records import CATALOGUE, Difference, Flag, Kernels, MaskBit
+
+__all__ = ["BrightStars", "Candidates", "Sources", "detect", "find_peaks", "find_sources"]
+
+#: Rows measured at once: bounds the memory.
+_CHUNK = 2000
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Detections, one row each, in the order of their peaks (row by row of the image).
+
+    Attributes
+    ----------
+    columns : mapping of str to ndarray (n,)
+        The columns of `batchproc.records.CATALOGUE` that need nothing but pixels: x, y, xy_err, scorr, flux, flux_err,
+        aper_flux, aper_flux_err, fwhm, elongation, theta, chi2, dipole, delta_new, delta_ref, edge_distance,
+        mask_distance, bright_distance, ref_flux, ref_distance, ref_fwhm, sigma_new, sigma_ref, flags. Fluxes and sigmas
+        are in electrons of new, except ref_flux and sigma_ref: electrons of ref as it was handed in.
+    f_d : ndarray (n,)
+        F_D of the tile that each lies in: D / F_D is in electrons of new.
+    """
+
+    columns: Mapping[str, NDArray]
+    f_d: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.f_d)
+
+    def __getitem__(self, name: str) -> NDArray:
+        return self.columns[name]
+
+
+def detect(
+    difference: Difference,
+    *,
+    config: DetectConfig | None = None,
+    sources: Sources | None = None,
+    bright: BrightStars | None = None,
+) -> Candidates:
+    """Find and measure what changed.
+
+    Parameters
+    ----------
+    difference : Difference
+        Not modified.
+    config : DetectConfig, optional
+    sources : Sources, optional
+        Of the reference, on the grid of new (`find_sources`): hosts and nearest neighbours.
+    bright : BrightStars, optional
+        Stars whose residuals are to be flagged.
+
+    Returns
+    -------
+    Candidates
+
+    Raises
+    ------
+    SubtractError
+        When more than ``config.max_candidates`` are found: then the subtraction has failed.
+    """
+    config = config or DetectConfig()
+    x, y = find_peaks(difference.score_corr, config)
+    columns, psf_fwhm, f_d = _measure(difference, x, y)
+    keep = _without_doubles(columns, 0.5 * psf_fwhm)
+    x, y, psf_fwhm, f_d = x[keep], y[keep], psf_fwhm[keep], f_d[keep]
+    columns = {name: values[keep] for name, values in columns.items()}
+    columns |= _surroundings(columns["x"], columns["y"], difference.mask, sources, bright)
+    streak = _on_streak(difference, x, y, psf_fwhm, columns["psf_elongation"], np.sign(columns["scorr"]))
+    columns["flags"] = _flags(columns, psf_fwhm, streak, difference.mask, bright)
+    dtypes = {column.name: column.dtype for column in CATALOGUE}
+    return Candidates({name: columns[name].astype(dtypes[name]) for name in dtypes if name in columns}, f_d)
+
+
+def find_peaks(score_corr: NDArray, config: DetectConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pixels of the significant extrema of S_corr, both signs, in the order of the image.
+
+    Parameters
+    ----------
+    score_corr : ndarray (ny, nx)
+        In sigma; what is not finite counts as 0.
+    config : DetectConfig
+
+    Returns
+    -------
+    x, y : ndarray (n,) of int
+
+    Raises
+    ------
+    SubtractError
+        When there are more than ``config.max_candidates``.
+    """
+    image = np.nan_to_num(np.asarray(score_corr, dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    n_above = int(np.count_nonzero(np.abs(image) > config.threshold))
+    if n_above > max(10_000, 0.2 * np.count_nonzero(image)):
+        raise _too_many(f"{n_above} of {image.size} pixels", n_above, config)
+    peaks = np.concatenate([_peaks(image, config, n_above), _peaks(-image, config, n_above)])
+    if len(peaks) > config.max_candidates:
+        raise _too_many(f"{len(peaks)} sources", len(peaks), config)
+    order = np.lexsort((peaks["xpeak"], peaks["ypeak"]))
+    return peaks["xpeak"][order].astype(np.int64), peaks["ypeak"][order].astype(np.int64)
+
+
+def _peaks(image: NDArray[np.float32], config: DetectConfig, n_above: int) -> NDArray[np.void]:
+    # SEP's buffers are global and small by default; neither limit costs memory until it is used.
+    sep.set_extract_pixstack(max(sep.get_extract_pixstack(), n_above + 2 * image.shape[1]))
+    sep.set_sub_object_limit(max(sep.get_sub_object_limit(), config.max_candidates))
+    try:
+        # S_corr is matched-filtered already and in sigma: no kernel, no err. `clean` would take faint sources beside
+        # bright ones for wings. A contrast of 1e-4 parts S/N 1000 from S/N 10 three FWHM away, and splits no noise.
+        return sep.extract(  # type: ignore[no-any-return]
+            image, config.threshold, minarea=1, filter_kernel=None, deblend_cont=1e-4, clean=False
+        )
+    except Exception as error:  # SEP raises plain Exceptions for its overflows
+        if "overflow" in str(error) or "full" in str(error):
+            raise _too_many("more sources than the detector can hold", -1, config) from error
+        raise
+
+
+def _too_many(found: str, number: int, config: DetectConfig) -> SubtractError:
+    return SubtractError(
+        f"{found} above {config.threshold:g} sigma, allowed are {config.max_candidates} sources: the subtraction has "
+        "failed (alignment, PSF or background), this is no sky full of transients. Look at the difference image; "
+        "if it is good, raise detect.max_candidates or detect.threshold",
+        found=number,
+        allowed=config.max_candidates,
+        threshold=config.threshold,
+        stage="detect",
+    )
+
+
+def _measure(
+    difference: Difference, x: NDArray[np.int64], y: NDArray[np.int64]
+) -> tuple[dict[str, NDArray], NDArray[np.float64], NDArray[np.float64]]:
+    """Columns that a detection's own pixels give, with P_D's FWHM and F_D at each."""
+    n = len(x)
+    columns: dict[str, NDArray] = {}
+    psf_fwhm, f_d = np.zeros(n), np.zeros(n)
+    for kernels, rows in _by_tile(difference, x, y):
+        source = PointSource(kernels.psf)
+        psf_fwhm[rows], f_d[rows] = source.fwhm, kernels.f_d
+        for start in range(0, len(rows), _CHUNK):
+            part = rows[start : start + _CHUNK]
+            for name, values in _measure_in_tile(difference, kernels, source, x[part], y[part]).items():
+                columns.setdefault(name, np.zeros(n))[part] = values
+    if n == 0:
+        nothing = np.zeros(0, np.int64)
+        kernels = difference.kernels[0]
+        columns = _measure_in_tile(difference, kernels, PointSource(kernels.psf), nothing, nothing)
+    return columns, psf_fwhm, f_d
+
+
+def _by_tile(
+    difference: Difference, x: NDArray[np.int64], y: NDArray[np.int64]
+) -> Iterator[tuple[Kernels, NDArray[np.int64]]]:
+    """Each tile with the rows of the detections that it owns."""
+    for k in difference.kernels:
+        rows = np.flatnonzero((x >= k.x0) & (x < k.x1) & (y >= k.y0) & (y < k.y1))
+        if len(rows):
+            yield k, rows
+
+
+def _measure_in_tile(
+    difference: Difference, kernels: Kernels, source: PointSource, x: NDArray[np.int64], y: NDArray[np.int64]
+) -> dict[str, NDArray]:
+    """The same for detections of one tile."""
+    n = len(x)
+    scorr = np.asarray(difference.score_corr[y, x], dtype=np.float64)
+    sign = np.sign(scorr)
+    signed = sign[:, None, None]
+    root_f_s = np.sqrt(kernels.f_s)
+
+    wide_half = max(source.half, int(np.ceil(3 * source.fwhm)))  # all that there is of a source
+    wide = signed * np.nan_to_num(windows(difference.difference, x, y, wide_half).astype(np.float64))
+    half = source.half
+    rim = wide_half - half
+    data = wide[:, rim : rim + 2 * half + 1, rim : rim + 2 * half + 1]
+
+    # Position. V(S) / F_S is 1 on blank sky and tells how much noisier D is on a source.
+    variance = np.square(windows(difference.flux_err, x, y, half, np.nan).astype(np.float64)) * kernels.f_s
+    good = np.isfinite(variance) & (variance > 0) & (windows(difference.mask, x, y, half, 1) == 0)
+    fit = fit_position(data, np.divide(1.0, variance, out=np.zeros_like(variance), where=good), source)
+    noise = np.sqrt(np.where(good[:, half, half], variance[:, half, half], 1.0))  # at the peak, over that of blank sky
+
+    # Flux: S at the fitted place (E16) is what alpha (E41) would be between the pixels. That place is where noise and
+    # source together are highest, which lifts the flux by 1 / (S/N)² (Portillo et al. 2020, AJ 159, 165;
+    # doi:10.3847/1538-3881/ab76ba).
+    at_fit = kernels.f_d / root_f_s * np.einsum("nij,nij->n", wide, source.shifted(fit.dx, fit.dy, wide_half))
+    at_fit = np.maximum(at_fit, noise)
+    unbiased = at_fit * (1.0 - (noise / at_fit) ** 2)
+
+    score = signed * np.nan_to_num(windows(difference.score, x, y, half).astype(np.float64)) / root_f_s
+    height = np.maximum(at_fit, score[:, half, half])
+    hits = {
+        which: delta_test(wide, height, noise, kernel, source.psf)
+        for which, kernel in (("new", kernels.delta_new), ("ref", kernels.delta_ref))
+    }
+    fwhm, elongation, theta = moments(data, fit.dx, fit.dy, source.fwhm)
+    aperture, aperture_err = aperture_sum(data, np.where(good, variance, 0.0), good, fit.dx, fit.dy, source)
+    return {
+        "x": x + fit.dx,
+        "y": y + fit.dy,
+        "xy_err": fit.error,
+        "scorr": scorr,
+        "flux": sign * unbiased / root_f_s,
+        "flux_err": noise / root_f_s,  # E43
+        "aper_flux": sign * aperture / kernels.f_d,
+        "aper_flux_err": aperture_err / kernels.f_d,
+        "fwhm": fwhm,
+        "elongation": elongation,
+        "theta": theta,
+        "chi2": fit.chi2,
+        "dipole": dipole(score, noise, score_response(source.psf, half), 1.5 * source.fwhm),
+        "delta_new": hits["new"][0],
+        "delta_ref": hits["ref"][0],
+        "sigma_new": np.full(n, kernels.sigma_new),
+        "sigma_ref": np.full(n, kernels.sigma_ref),
+        "psf_elongation": np.full(n, source.elongation),
+        "n_pixels": fit.n_pixels,
+        "hit_new": hits["new"][1],
+        "hit_ref": hits["ref"][1],
+    }
+
+
+def _without_doubles(columns: Mapping[str, NDArray], reach: NDArray) -> NDArray[np.int64]:
+    """Rows to keep, in order: of two of one sign closer than `reach` (peaks of one source) the more significant."""
+    if len(reach) == 0:
+        return np.arange(0)
+    tree = cKDTree(np.column_stack([columns["x"], columns["y"]]))
+    pairs = tree.query_pairs(float(reach.max()), output_type="ndarray")
+    x, y, scorr = (columns[name][pairs] for name in ("x", "y", "scorr"))  # (n_pairs, 2)
+    close = np.hypot(x[:, 0] - x[:, 1], y[:, 0] - y[:, 1]) < reach[pairs].min(axis=1)
+    double = close & (scorr[:, 0] * scorr[:, 1] > 0)
+    weaker = np.where(np.abs(scorr[:, 0]) < np.abs(scorr[:, 1]), pairs[:, 0], pairs[:, 1])[double]
+    return np.setdiff1d(np.arange(len(reach)), weaker)
+
+
+def _surroundings(
+    x: NDArray, y: NDArray, mask: NDArray[np.uint8], sources: Sources | None, bright: BrightStars | None
+) -> dict[str, NDArray]:
+    """Columns that tell what is near."""
+    ny, nx = mask.shape
+    border = np.minimum.reduce([x + 0.5, y + 0.5, nx - 0.5 - x, ny - 0.5 - y])
+    columns = {
+        "edge_distance": np.maximum(np.minimum(border, distance_to_pixels(_uncovered(mask), x, y)), 0.0),
+        "mask_distance": distance_to_pixels(mask != 0, x, y),
+        "bright_distance": np.full(len(x), np.inf) if bright is None else bright.nearest(x, y),
+        "ref_flux": np.full(len(x), np.nan),
+        "ref_distance": np.full(len(x), np.inf),
+        "ref_fwhm": np.full(len(x), np.nan),
+    }
+    if sources is not None and len(sources):
+        columns["ref_distance"], row = sources.nearest(x, y)
+        columns["ref_flux"], columns["ref_fwhm"] = sources.flux[row], sources.fwhm[row]
+    return columns
+
+
+def _uncovered(mask: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Areas without data that are an edge of the image, and not a hole: those that hold a square of 9 pixels."""
+    no_data = (mask & MaskBit.NO_DATA) != 0
+    if not no_data.any():
+        return no_data
+    return np.asarray(maximum_filter(minimum_filter(no_data, 9), 9))
+
+
+def _on_streak(
+    difference: Difference, x: NDArray, y: NDArray, psf_fwhm: NDArray, elongation: NDArray, sign: NDArray
+) -> NDArray[np.bool_]:
+    streak = np.zeros(len(x), bool)
+    for one in (1, -1):
+        rows = np.flatnonzero(sign == one)
+        if len(rows):
+            image = one * difference.score_corr
+            streak[rows] = on_streak(image, x[rows], y[rows], psf_fwhm[rows], elongation[rows])
+    return streak
+
+
+def _flags(
+    columns: Mapping[str, NDArray],
+    psf_fwhm: NDArray,
+    streak: NDArray[np.bool_],
+    mask: NDArray[np.uint8],
+    bright: BrightStars | None,
+) -> NDArray[np.int32]:
+    """Bits of `Flag`.
+
+    ============  ======================================================================================================
+    EDGE          within 1.5 FWHM (of P_D, as below) of the edge of the image or of the area with data
+    MASKED        a masked pixel within half a FWHM and half a pixel: under the core
+    SATURATED     a saturated pixel within 2 FWHM
+    BRIGHT_STAR   within the radius of a star of `bright`
+    DIPOLE        ``dipole`` above 0.5
+    COSMIC_RAY    ``delta_new`` above 1, a point source excluded by 3 sigma (`delta_test`); and the detection is
+                  positive, or new's hot pixel fits better than ref's
+    HOT_PIXEL_REF ``delta_ref`` above 1, a point source excluded by 3 sigma; and the detection is negative, or ref's
+                  hot pixel fits better than new's
+    STREAK        `on_streak`
+    BAD_FIT       chi-square of the ν degrees of freedom above ``ν + 6 √(2 ν) + (0.1 S/N)²``: the noise, and a PSF that
+                  is wrong by a tenth (in the root mean square under the fit) must not make it
+    ============  ======================================================================================================
+    """
+    x, y, scorr = columns["x"], columns["y"], columns["scorr"]
+    saturated = distance_to_pixels((mask & MaskBit.SATURATED) != 0, x, y)
+    hot_new, hot_ref = columns["delta_new"], columns["delta_ref"]
+    freedom = np.maximum(columns["n_pixels"] - 3.0, 1.0)
+    allowed = freedom + 6 * np.sqrt(2 * freedom) + (0.1 * scorr) ** 2
+    rules = {
+        Flag.EDGE: columns["edge_distance"] < 1.5 * psf_fwhm,
+        Flag.MASKED: columns["mask_distance"] <= 0.5 * psf_fwhm + 0.5,
+        Flag.SATURATED: saturated <= 2 * psf_fwhm,
+        Flag.BRIGHT_STAR: np.zeros(len(x), bool) if bright is None else bright.cover(x, y),
+        Flag.DIPOLE: columns["dipole"] > 0.5,
+        Flag.COSMIC_RAY: (columns["hit_new"] > 0) & ((scorr > 0) | (hot_new > hot_ref)),
+        Flag.HOT_PIXEL_REF: (columns["hit_ref"] > 0) & ((scorr < 0) | (hot_ref > hot_new)),
+        Flag.STREAK: streak,
+        Flag.BAD_FIT: ~(columns["chi2"] * freedom <= allowed),  # NaN is no good fit
+    }
+    return sum((np.where(hit, np.int32(bit), np.int32(0)) for bit, hit in rules.items()), np.zeros(len(x), np.int32))

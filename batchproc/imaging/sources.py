@@ -1,0 +1,113 @@
+"""What is in the reference: its sources, and the stars too bright to subtract cleanly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import sep
+from numpy.typing import ArrayLike, NDArray
+from scipy.spatial import cKDTree
+
+from batchproc.imaging.extract import extract_sources
+from batchproc.imaging.measure import GAUSSIAN_FWHM
+
+__all__ = ["BrightStars", "Sources", "find_sources"]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Sources of an image.
+
+    Attributes
+    ----------
+    x, y : ndarray (n,)
+        Pixels, 0-based.
+    flux : ndarray (n,)
+        Total (Kron) flux in the units of the image.
+    fwhm : ndarray (n,)
+        From second moments, pixels.
+    """
+
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    flux: NDArray[np.float64]
+    fwhm: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def nearest(self, x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Distance in pixels to the nearest source of each position, and its row; inf and −1 where there is none."""
+        positions = np.column_stack([x, y])
+        if len(self) == 0:
+            return np.full(len(positions), np.inf), np.full(len(positions), -1)
+        distance, row = cKDTree(np.column_stack([self.x, self.y])).query(positions)
+        return distance, row.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class BrightStars:
+    """Stars whose residuals must be expected.
+
+    Attributes
+    ----------
+    x, y : ndarray (n,)
+        Pixels, 0-based.
+    radius : ndarray (n,)
+        How far their residuals reach, pixels.
+    """
+
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    radius: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def nearest(self, x: ArrayLike, y: ArrayLike) -> NDArray[np.float64]:
+        """Distance in pixels from each position to the nearest of them; inf where there is none."""
+        positions = np.column_stack([x, y])
+        if len(self) == 0:
+            return np.full(len(positions), np.inf)
+        return np.asarray(cKDTree(np.column_stack([self.x, self.y])).query(positions)[0])
+
+    def cover(self, x: ArrayLike, y: ArrayLike) -> NDArray[np.bool_]:
+        """Whether each position lies within the radius of one of them."""
+        positions = np.column_stack([x, y])
+        covered = np.zeros(len(positions), bool)
+        if len(self) and len(positions):
+            near = cKDTree(positions).query_ball_point(np.column_stack([self.x, self.y]), self.radius)
+            covered[np.concatenate([np.asarray(rows, dtype=np.int64) for rows in near])] = True
+        return covered
+
+
+def find_sources(
+    data: NDArray[np.floating], rms: NDArray[np.floating], mask: NDArray, *, threshold: float = 3.0
+) -> Sources:
+    """Everything that shines in an image, by SEP.
+
+    Parameters
+    ----------
+    data : ndarray (ny, nx)
+        Background-subtracted.
+    rms : ndarray (ny, nx)
+        Sky noise per pixel, in the units of `data`.
+    mask : ndarray (ny, nx)
+        Non-zero or True where bad.
+    threshold : float
+        In units of `rms`, for five connected pixels of the smoothed image.
+    """
+    objects, _ = extract_sources(data, rms, np.asarray(mask) != 0, threshold=threshold)
+    if len(objects) == 0:
+        return Sources(*(np.zeros(0) for _ in range(4)))
+    image = np.ascontiguousarray(data, dtype=np.float32)
+    bad = np.ascontiguousarray(np.asarray(mask) != 0)
+    ellipse = [objects[name].astype(np.float64) for name in ("x", "y", "a", "b", "theta")]
+    ellipse[4] = np.clip(ellipse[4], -np.pi / 2, np.pi / 2)  # SEP refuses what its own rounding puts beyond
+    radius, _ = sep.kron_radius(image, *ellipse, 6.0, mask=bad)
+    radius = np.clip(np.nan_to_num(radius), 1.4, 6.0)  # bounds of the elliptical aperture, in units of (a, b)
+    flux, _, _ = sep.sum_ellipse(image, *ellipse, 2.5 * radius, mask=bad, subpix=1)
+    usable = np.isfinite(flux)
+    fwhm = GAUSSIAN_FWHM * np.sqrt(0.5 * (ellipse[2] ** 2 + ellipse[3] ** 2))
+    return Sources(*(column[usable].astype(np.float64) for column in (ellipse[0], ellipse[1], flux, fwhm)))
