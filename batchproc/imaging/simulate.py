@@ -716,23 +716,22 @@ def expose(
     -------
     data : ndarray (ny, nx) float32
     mask : ndarray (ny, nx) uint8
-        `MaskBit.SATURATED` where full.
+        `MaskBit.SATURATED` where full or bled into.
     """
     counts = rng.poisson(np.maximum(expected, 0) * depth) / depth
     if hits is not None:
         counts = counts + hits
-    if np.isfinite(saturation):
-        _bleed(counts, float(saturation))
-    full = counts >= saturation
+    full = _bleed(counts, float(saturation)) if np.isfinite(saturation) else np.zeros(counts.shape, dtype=bool)
     data = counts + rng.standard_normal(counts.shape) * (read_noise / np.sqrt(depth))
-    data = np.where(full, saturation, np.minimum(data, saturation))
+    data = np.where(counts >= saturation, saturation, np.minimum(data, saturation))
     return data.astype(np.float32), np.where(full, np.uint8(MaskBit.SATURATED), np.uint8(0))
 
 
 @njit(cache=True)
-def _bleed(image: Any, full: float) -> None:  # pragma: no cover - compiled
-    """Let charge above the full well flow into the pixels above and below, in place."""
+def _bleed(image: Any, full: float) -> Any:  # pragma: no cover - compiled
+    """Let charge above the full well flow into the pixels above and below, in place; True where full or bled into."""
     ny, nx = image.shape
+    touched = image >= full
     for i in range(nx):
         for j in range(ny):
             excess = image[j, i] - full
@@ -744,8 +743,10 @@ def _bleed(image: Any, full: float) -> None:  # pragma: no cover - compiled
                 while rest > 0 and 0 <= k < ny:
                     taken = min(max(full - image[k, i], 0.0), rest)
                     image[k, i] += taken
+                    touched[k, i] = True
                     rest -= taken
                     k += step
+    return touched
 
 
 def _paint(
