@@ -11,6 +11,7 @@ same bytes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -56,7 +57,7 @@ TRUTH = np.dtype([*((n, np.float64) for n in ("x", "y", "flux", "snr", "snr_loca
 
 ARTEFACT = np.dtype([("x", np.float64), ("y", np.float64), ("image", "U3"), ("kind", "U12")])
 
-_BORDER = 40  # stars and galaxies live up to this many pixels outside, so that edges look like sky
+_BORDER = 60  # stars and galaxies live up to this many pixels outside, so that edges look like sky
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class SimulatedPair:
-    """Two images of one field on one grid, ready for `zogy`, and the truth about them.
+    """Two images of one field, on one grid unless asked otherwise, ready for `zogy`, and the truth about them.
 
     Attributes
     ----------
@@ -195,6 +196,8 @@ def simulate_pair(
     seed: int | np.random.Generator = 0,
     *,
     scene: Scene | None = None,
+    to_ref: Callable[[NDArray, NDArray], tuple[NDArray, NDArray]] | None = None,
+    shape_ref: tuple[int, int] | None = None,
     **changes: Any,
 ) -> SimulatedPair:
     """Two images of one field with stars, galaxies and transients, with Poisson and read noise.
@@ -205,6 +208,11 @@ def simulate_pair(
     seed : int or Generator
     scene : Scene, optional
         What to show.
+    to_ref : callable, optional
+        Pixels (x, y) of new to those of ref, where ref has a grid of its own; the pair is then to be aligned first.
+        Grids of one scale are meant (a few degrees of rotation, a dither, a distortion).
+    shape_ref : (ny, nx), optional
+        Shape of that grid.
     **changes
         Single settings of the scene: ``simulate_pair(seed=3, fwhm_new=4.2, cosmic_rays=50)``.
 
@@ -214,26 +222,30 @@ def simulate_pair(
     """
     rng = np.random.default_rng(seed)
     scene = replace(scene or Scene(), **changes)
-    psf_new, psf_ref = scene_psfs(scene, shape)
+    to_ref = to_ref or (lambda x, y: (x, y))
+    shape_ref = shape_ref or shape
+    psf_new, psf_ref = scene_psfs(scene, shape, shape_ref)
     sigma_new, sigma_ref = scene_sigmas(scene)
     stars, galaxies = draw_field(shape, scene, rng)
 
     truth, hosts = draw_transients(shape, scene, galaxies, rng)
     stars = np.concatenate([stars, hosts])
-    ref_stars, ref_galaxies = _displaced(stars, scene, rng), _displaced(galaxies, scene, rng)
+    ref_stars, ref_galaxies = (_on_ref(table, to_ref, scene.registration_jitter, rng) for table in (stars, galaxies))
     gained, lost = truth[truth["kind"] != "vanished"], truth[truth["kind"] == "vanished"]
+    lost = _on_ref(lost, to_ref, 0.0, rng)
+    lost["flux"] *= -1
 
     light_new = _paint(shape, [stars, gained], galaxies, psf_new)
-    light_ref = _paint(shape, [ref_stars, lost], ref_galaxies, psf_ref, negate_last=True) / scene.flux_ratio
+    light_ref = _paint(shape_ref, [ref_stars, lost], ref_galaxies, psf_ref) / scene.flux_ratio
     slope = 1 + scene.sky_slope * (np.arange(shape[1]) / shape[1] - 0.5)
     sky_new = np.broadcast_to(scene.sky_new * slope, shape).astype(np.float32)
-    sky_ref = np.full(shape, scene.sky_ref, np.float32)
+    sky_ref = np.full(shape_ref, scene.sky_ref, np.float32)
 
     artefacts: list[tuple[float, float, str, str]] = []
     if scene.satellite_trail:
         light_new += _trail(shape, scene.satellite_trail * sigma_new, scene.fwhm_new, rng, artefacts)
     hits_new = _particle_hits(shape, scene.cosmic_rays, rng, artefacts) + _hot(shape, scene, "new", rng, artefacts)
-    hits_ref = _hot(shape, scene, "ref", rng, artefacts)
+    hits_ref = _hot(shape_ref, scene, "ref", rng, artefacts)
     new, mask_new = expose(
         light_new + sky_new, rng, read_noise=scene.read_noise, saturation=scene.saturation, hits=hits_new
     )
@@ -261,6 +273,7 @@ def simulate_pair(
         flux_ratio=scene.flux_ratio,
         variance_new=variance_new,
         variance_ref=variance_ref,
+        xy_ref=to_ref(truth["x"], truth["y"]),
     )
     return SimulatedPair(
         new=new - sky_new,
@@ -427,6 +440,7 @@ def expected_snr(
     flux_ratio: float = 1.0,
     variance_new: NDArray | None = None,
     variance_ref: NDArray | None = None,
+    xy_ref: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> NDArray[np.float64]:
     """|S_corr| that a source of known flux is expected to have, without noise.
 
@@ -446,6 +460,8 @@ def expected_snr(
         F_new / F_ref.
     variance_new, variance_ref : ndarray (ny, nx), optional
         Total variance of each pixel, electrons².
+    xy_ref : (x, y), optional
+        The same places on ref, where its grid is another.
 
     Returns
     -------
@@ -455,18 +471,23 @@ def expected_snr(
     ----------
     Zackay, Ofek & Gal-Yam (2016), ApJ 830, 27, doi:10.3847/0004-637X/830/1/27.
     """
-    flux, x, y = np.broadcast_arrays(*(np.atleast_1d(np.asarray(v, dtype=np.float64)) for v in (flux, x, y)))
+    columns = (flux, x, y, *(xy_ref or (x, y)))
+    flux, x, y, x_ref, y_ref = np.broadcast_arrays(*(np.atleast_1d(np.asarray(c, dtype=np.float64)) for c in columns))
     out = np.empty(flux.shape)
     filters = None
     constant = all(_is_constant(p) for p in (psf_new, psf_ref))
-    for i, (t, xi, yi) in enumerate(zip(flux, x, y, strict=True)):
+    for i, t in enumerate(flux):
+        new, ref = (x[i], y[i]), (x_ref[i], y_ref[i])
         if filters is None or not constant:
-            filters = _filters(psf_stamp(psf_new, xi, yi), psf_stamp(psf_ref, xi, yi), sigma_new, sigma_ref, flux_ratio)
+            filters = _filters(psf_stamp(psf_new, *new), psf_stamp(psf_ref, *ref), sigma_new, sigma_ref, flux_ratio)
         f_s, k_new, k_ref = filters
         variance = 0.0
-        for plane, kernel, sigma in ((variance_new, k_new, sigma_new), (variance_ref, k_ref, sigma_ref)):
+        for plane, place, kernel, sigma in (
+            (variance_new, new, k_new, sigma_new),
+            (variance_ref, ref, k_ref, sigma_ref),
+        ):
             blank = sigma**2
-            local = np.full(kernel.shape, blank) if plane is None else _patch(plane, xi, yi, len(kernel), blank)
+            local = np.full(kernel.shape, blank) if plane is None else _patch(plane, *place, len(kernel), blank)
             variance += np.sum(local * kernel[::-1, ::-1] ** 2)
         out[i] = abs(t) * f_s / np.sqrt(variance)
     return out
@@ -599,7 +620,9 @@ def transform_wcs(wcs: Any, matrix: NDArray) -> Any:
 # --- parts that simulated nights share
 
 
-def scene_psfs(scene: Scene, shape: tuple[int, int]) -> tuple[ParametricPsf, ParametricPsf]:
+def scene_psfs(
+    scene: Scene, shape: tuple[int, int], shape_ref: tuple[int, int] | None = None
+) -> tuple[ParametricPsf, ParametricPsf]:
     """The PSFs of new and of ref."""
     new = ParametricPsf(
         scene.fwhm_new,
@@ -609,7 +632,7 @@ def scene_psfs(scene: Scene, shape: tuple[int, int]) -> tuple[ParametricPsf, Par
         variation=scene.psf_variation,
         shape=shape,
     )
-    return new, replace(new, fwhm=scene.fwhm_ref, axis_ratio=1.0, size=0)
+    return new, replace(new, fwhm=scene.fwhm_ref, axis_ratio=1.0, size=0, shape=shape_ref or shape)
 
 
 def scene_sigmas(scene: Scene) -> tuple[float, float]:
@@ -749,22 +772,24 @@ def _bleed(image: Any, full: float) -> Any:  # pragma: no cover - compiled
     return touched
 
 
-def _paint(
-    shape: tuple[int, int], points: list[NDArray], galaxies: NDArray, psf: AnyPsf, *, negate_last: bool = False
-) -> NDArray[np.float64]:
-    """Expected light of several tables of point sources and of galaxies; the last table may hold lost light (< 0)."""
-    x, y = (np.concatenate([p[name] for p in points]) for name in ("x", "y"))
-    flux = np.concatenate([*(p["flux"] for p in points[:-1]), points[-1]["flux"] * (-1 if negate_last else 1)])
+def _paint(shape: tuple[int, int], points: list[NDArray], galaxies: NDArray, psf: AnyPsf) -> NDArray[np.float64]:
+    """Expected light of several tables of point sources and of galaxies."""
+    x, y, flux = (np.concatenate([p[name] for p in points]) for name in ("x", "y", "flux"))
     return add_galaxies(add_sources(np.zeros(shape), x, y, flux, psf), galaxies, psf)
 
 
-def _displaced(table: NDArray, scene: Scene, rng: np.random.Generator) -> NDArray:
-    """The sources, each off its place by the registration jitter."""
-    if scene.registration_jitter == 0:
-        return table
+def _on_ref(
+    table: NDArray,
+    to_ref: Callable[[NDArray, NDArray], tuple[NDArray, NDArray]],
+    jitter: float,
+    rng: np.random.Generator,
+) -> NDArray:
+    """The sources at their places on ref, each displaced by the registration jitter."""
     table = table.copy()
-    for name in ("x", "y"):
-        table[name] += scene.registration_jitter * rng.standard_normal(len(table))
+    table["x"], table["y"] = to_ref(table["x"], table["y"])
+    if jitter:
+        for name in ("x", "y"):
+            table[name] += jitter * rng.standard_normal(len(table))
     return table
 
 
