@@ -106,7 +106,7 @@ def on_streak(
 ) -> NDArray[np.bool_]:
     """Detections that are part of a trail: of a long, straight, narrow island of significance.
 
-    An island is what hangs together above 3 sigma around a detection (diagonal neighbours count), so a trail that the
+    An island is what hangs together above 2 sigma around a detection (diagonal neighbours count), so a trail that the
     threshold cuts to pieces is seen whole. It is a trail when it is longer than 6 FWHM, and as much as 3 times longer
     than wide, beyond the PSF's own elongation (a bright star's island is round, or as elongated as the PSF).
 
@@ -125,7 +125,7 @@ def on_streak(
     """
     if len(x) == 0:
         return np.zeros(0, bool)
-    labels, n_islands = label(score_corr > 3.0, structure=np.ones((3, 3), int))
+    labels, n_islands = label(score_corr > 2.0, structure=np.ones((3, 3), int))
     island = labels[y, x]
     wanted = np.zeros(n_islands + 1, bool)
     wanted[island] = True
