@@ -1,1 +1,1 @@
-"""Training of the shipped models; needs the extra ``train`` and nothing else imports it."""
+"""Training of the models that are shipped; needs the extra ``train`` (PyTorch). Nothing else imports this."""

@@ -1,0 +1,164 @@
+"""Model cards: what is known of a model, written as ``card.toml`` in its folder."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+from numpy.typing import NDArray
+
+from batchproc.errors import ModelError
+from batchproc.learning.inputs import CHANNELS, LAYOUTS, NORMALISATIONS, to_tensor
+
+__all__ = ["CARD", "InputCard", "ModelCard", "check_card", "read_card"]
+
+CARD = "card.toml"
+
+
+@dataclass(frozen=True)
+class InputCard:
+    """What a model wants to see: the arguments of `batchproc.learning.inputs.to_tensor`, and features."""
+
+    size: int
+    """Side in pixels."""
+    normalisation: str
+    """A name in `batchproc.learning.inputs.NORMALISATIONS`."""
+    channels: tuple[str, ...] = CHANNELS
+    """Channels in the model's order."""
+    layout: str = "NCHW"
+    """Order of the axes of its input."""
+    min_finite: float = 0.5
+    """Fraction of the pixels of each channel that must hold data; with fewer, a stamp is not scored."""
+    features: tuple[str, ...] = ()
+    """Catalogue columns that it takes besides the stamp, in its order."""
+
+    def prepare(self, stamps: NDArray[np.floating]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """The tensor that the model wants of raw stamps ``(n, 3, h, w)``, and which of them can be scored."""
+        return to_tensor(
+            stamps,
+            size=self.size,
+            normalisation=self.normalisation,
+            channels=self.channels,
+            layout=self.layout,
+            min_finite=self.min_finite,
+        )
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What is known of a model. ``card.toml`` holds the same names."""
+
+    name: str
+    version: str
+    description: str
+    licence: str
+    threshold: float
+    """Scores at or above it are taken for real."""
+    default_variant: str
+    """The faster variant of those that are equally accurate."""
+    input: InputCard
+    files: Mapping[str, Mapping[str, str]]
+    """Variant → ``path`` (within the folder) and ``sha256``."""
+    classes: tuple[str, ...] = ("real",)
+    """One: a probability a stamp; several: one a class, in this order."""
+    meant_for: Mapping[str, Any] = field(default_factory=dict)
+    """Ranges: ``fwhm_pix``, ``pixel_scale_arcsec``."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Data, seeds, sizes."""
+    quantisation: Mapping[str, Any] = field(default_factory=dict)
+    """How, and its agreement with float."""
+    metrics: tuple[Mapping[str, Any], ...] = ()
+    """On images it has not seen: one table a data set, each with its prevalence and intervals."""
+
+    def to_toml(self) -> str:
+        """The text of ``card.toml``; `read_card` gives the same card back."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)} | {"input": asdict(self.input)}
+        # Bare values must come before the tables in TOML; empty tables say nothing.
+        told = [(key, value) for key, value in values.items() if not (isinstance(value, Mapping | tuple) and not value)]
+        bare_first = sorted(told, key=lambda item: isinstance(item[1], Mapping) or item[0] == "metrics")
+        return tomli_w.dumps(_plain(dict(bare_first)))
+
+
+def read_card(folder: str | Path) -> ModelCard:
+    """Read ``card.toml`` of a model folder; raises `ModelError` on what is missing, unknown or of the wrong type."""
+    path = Path(folder) / CARD
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: not valid TOML: {error}") from error
+    if isinstance(values.get("input"), dict):
+        values["input"] = _build(InputCard, values["input"], f"{path}: [input]")
+    card = _build(ModelCard, values, str(path))
+    check_card(card, path)
+    return card
+
+
+def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
+    """A card from TOML: every key known, none missing, lists as tuples."""
+    known = {f.name: f for f in fields(cls)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ModelError(f"{where}: unknown {', '.join(unknown)}; known: {', '.join(known)}")
+    required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise ModelError(f"{where}: {', '.join(missing)} missing")
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def check_card(card: ModelCard, path: Path) -> None:
+    """Raise `ModelError` for the first thing that is wrong with a card; `path` is where it came from."""
+    for problem in _problems(card):
+        raise ModelError(f"{path}: {problem}")
+
+
+def _problems(card: ModelCard) -> Iterator[str]:
+    strings = ("name", "version", "description", "licence", "default_variant")
+    yield from (f"{key} must be text" for key in strings if not isinstance(getattr(card, key), str))
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", str(card.name)):
+        yield f"name {card.name!r}: letters, digits, '.', '_', '-', beginning with one of the first two, at most 64"
+    if not isinstance(card.input, InputCard):
+        yield "[input] must be a table"
+        return
+    wanted = card.input
+    if not isinstance(wanted.size, int) or wanted.size < 1:
+        yield f"input.size = {wanted.size!r}: must be a whole number of pixels"
+    if wanted.normalisation not in NORMALISATIONS:
+        yield f"input.normalisation = {wanted.normalisation!r}; known: {', '.join(NORMALISATIONS)}"
+    if not wanted.channels or not set(wanted.channels) <= set(CHANNELS):
+        yield f"input.channels = {list(wanted.channels)}; known: {', '.join(CHANNELS)}"
+    if wanted.layout not in LAYOUTS:
+        yield f"input.layout = {wanted.layout!r}; known: {', '.join(LAYOUTS)}"
+    if not isinstance(wanted.min_finite, float | int) or not 0 <= wanted.min_finite <= 1:
+        yield f"input.min_finite = {wanted.min_finite!r}: must be 0 to 1"
+    if not isinstance(card.threshold, float | int) or not 0 <= card.threshold <= 1:
+        yield f"threshold = {card.threshold!r}: must be 0 to 1"
+    if not card.classes:
+        yield "classes: at least one"
+    if not isinstance(card.files, Mapping) or not card.files:
+        yield "[files.VARIANT] with path and sha256: at least one"
+        return
+    for variant, file in card.files.items():
+        if not isinstance(file, Mapping) or set(file) != {"path", "sha256"}:
+            yield f"[files.{variant}] must have path and sha256"
+        elif Path(file["path"]).name != file["path"]:
+            yield f"files.{variant}.path = {file['path']!r}: must be a file in the model's own folder"
+    if card.default_variant not in card.files:
+        yield f"default_variant = {card.default_variant!r}; there are: {', '.join(card.files)}"
+
+
+def _plain(value: Any) -> Any:
+    """The same in dictionaries, lists and Python numbers, as TOML writes them."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,390 @@
+"""Models on disk: folders with a card, found by name, checked before they are trusted, run by ONNX Runtime.
+
+A model is a folder with ``card.toml`` (`ModelCard`) and one ONNX file a variant (``model.onnx`` in float,
+``model_int8.onnx`` quantised). The card says what the model wants to see, how good it is on which images, and the
+SHA-256 of each file; a file that is not the one described is refused.
+
+>>> model = load_model("realbogus")                                  # doctest: +SKIP
+>>> model.predict(stamps)            # (n, 3, h, w) un-normalised → (n,) float32, NaN: not scored   # doctest: +SKIP
+
+Models are looked for in the package, then in the user's folder: ``$BATCHPROC_MODELS``, or
+``~/.local/share/batchproc/models``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from batchproc.errors import ModelError
+from batchproc.io.atomic import replacing
+from batchproc.io.cards import CARD, InputCard, ModelCard, check_card, read_card
+from batchproc.learning.inputs import CHANNELS
+
+__all__ = [
+    "CPU",
+    "InputCard",
+    "Model",
+    "ModelCard",
+    "add_model",
+    "check_model",
+    "file_hash",
+    "find_model",
+    "list_models",
+    "load_model",
+    "models_folder",
+    "read_card",
+    "show_model",
+]
+
+CPU = "CPUExecutionProvider"
+_BUNDLED = Path(__file__).parent.parent / "models"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model ready to score stamps. Picklable: it holds no session; each process makes its own, once.
+
+    Attributes
+    ----------
+    card : ModelCard
+    file : str
+        The ONNX file.
+    variant : str
+        The variant in use: ``float``, ``int8``.
+    hash : str
+        SHA-256 of the file.
+    threads : int
+    provider : str
+        ONNX Runtime's name of what computes; it is verified that this one is in use.
+    """
+
+    card: ModelCard
+    file: str
+    variant: str
+    hash: str
+    threads: int = 1
+    provider: str = CPU
+
+    @property
+    def name(self) -> str:
+        """Name on the card."""
+        return self.card.name
+
+    @property
+    def version(self) -> str:
+        """Version on the card."""
+        return self.card.version
+
+    @property
+    def normalisation(self) -> str:
+        """Name of the recipe that stamps are prepared by."""
+        return self.card.input.normalisation
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of what it tells apart; one for real/bogus."""
+        return self.card.classes
+
+    @property
+    def threshold(self) -> float:
+        """Scores at or above it are taken for real."""
+        return self.card.threshold
+
+    def predict(self, stamps: Any, features: ArrayLike | None = None, *, batch: int = 256) -> NDArray[np.float32]:
+        """Score stamps.
+
+        Parameters
+        ----------
+        stamps : array_like (n, 3, h, w)
+            New, reference, difference as the pipeline cuts them, un-normalised; NaN where there is no data. Read
+            `batch` rows at a time, so a lazy array (``open_stamps(RUN)``) never has to fit into memory.
+        features : array_like (n, k), optional
+            The catalogue columns named on the card, for models that take any.
+        batch : int
+            Stamps to a call of the model.
+
+        Returns
+        -------
+        ndarray (n,) float32, or (n, classes) where there are several
+            Probabilities. NaN: not scored, for too little of the stamp holds data.
+
+        Raises
+        ------
+        ModelError
+            Stamps or features that do not fit the card, or a session that cannot be made as asked.
+        """
+        stamps = stamps if hasattr(stamps, "shape") else np.asarray(stamps)
+        self._check_stamps(stamps.shape)
+        table = self._check_features(features, stamps.shape[0])
+        scores = np.full((stamps.shape[0], len(self.classes)), np.nan, np.float32)
+        session = _session(self.file, self.hash, self.threads, self.provider)
+        for start in range(0, len(scores), batch):
+            rows = slice(start, start + batch)
+            scores[rows] = self._score(session, np.asarray(stamps[rows]), None if table is None else table[rows])
+        return scores[:, 0] if len(self.classes) == 1 else scores
+
+    def _score(
+        self, session: Any, stamps: NDArray[np.floating], features: NDArray[np.float32] | None
+    ) -> NDArray[np.float32]:
+        tensor, scored = self.card.input.prepare(stamps)
+        given = [tensor]
+        if features is not None:
+            complete = np.asarray(np.all(np.isfinite(features), axis=1))
+            scored = scored & complete
+            given.append(np.where(complete[:, None], features, np.float32(0.0)))
+        names = [i.name for i in session.get_inputs()]
+        if len(names) != len(given):
+            raise ModelError(f"{self.file}: takes {len(names)} inputs ({', '.join(names)}), its card has {len(given)}")
+        out = np.asarray(session.run(None, dict(zip(names, given, strict=True)))[0], dtype=np.float32)
+        if out.size != len(tensor) * len(self.classes):
+            raise ModelError(
+                f"{self.file}: answered {out.shape} to {len(tensor)} stamps; expected ({len(tensor)}, "
+                f"{len(self.classes)}) for the classes on its card: {', '.join(self.classes)}"
+            )
+        return np.where(scored[:, None], out.reshape(len(tensor), -1), np.float32(np.nan))
+
+    def _check_stamps(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 4 or shape[1] != len(CHANNELS):
+            raise ModelError(
+                f"model {self.name}: stamps of shape {shape}; expected (n, {len(CHANNELS)}, h, w) with "
+                f"{', '.join(CHANNELS)} (stamps with the channels last: stamps.transpose(0, 3, 1, 2))"
+            )
+        size, least = self.card.input.size, self.card.input.min_finite
+        if min(shape[2], size) * min(shape[3], size) < least * size * size:
+            raise ModelError(
+                f"model {self.name}: stamps of {shape[2]} × {shape[3]} pixels; it looks at {size} × {size}, of which "
+                f"at least {least:.0%} must hold data. Cut larger stamps (cutouts.size), or take another model"
+            )
+
+    def _check_features(self, features: ArrayLike | None, n: int) -> NDArray[np.float32] | None:
+        names = self.card.input.features
+        if not names:
+            if features is not None:
+                raise ModelError(f"model {self.name} takes no features; leave them out")
+            return None
+        if features is None:
+            raise ModelError(f"model {self.name} needs the features {', '.join(names)}: an array ({n}, {len(names)})")
+        table = np.asarray(features, dtype=np.float32)
+        if table.shape != (n, len(names)):
+            raise ModelError(
+                f"model {self.name}: features of shape {table.shape}; expected ({n}, {len(names)}): {', '.join(names)}"
+            )
+        return table
+
+
+# --- Finding and loading ----------------------------------------------------------------------------------------------
+
+
+def models_folder() -> Path:
+    """The user's folder of models: ``$BATCHPROC_MODELS``, or ``batchproc/models`` where the system keeps user data."""
+    chosen = os.environ.get("BATCHPROC_MODELS")
+    if chosen:
+        return Path(chosen)
+    data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(data).expanduser() / "batchproc" / "models"
+
+
+def list_models() -> dict[str, Path]:
+    """Every model that can be loaded by name → its folder; the bundled ones first."""
+    found: dict[str, Path] = {}
+    for place in (_BUNDLED, models_folder()):
+        if place.is_dir():
+            for card in sorted(place.glob(f"*/{CARD}")):
+                found.setdefault(card.parent.name, card.parent)
+    return found
+
+
+def find_model(name_or_path: str | Path) -> Path:
+    """Folder of a model; raises `ModelError` naming those that there are."""
+    known = list_models()
+    if str(name_or_path) in known:
+        return known[str(name_or_path)]
+    path = Path(name_or_path)
+    if (path / CARD).is_file():
+        return path
+    if path.is_dir():
+        raise ModelError(f"{path}: no {CARD} in this folder; a model is a folder with a card and the files it names")
+    names = ", ".join(known) or "none"
+    raise ModelError(
+        f"no model {str(name_or_path)!r}: neither a known name (known: {names}) nor a folder with a {CARD}. "
+        f"Add one with: batchproc models add FOLDER"
+    )
+
+
+def load_model(name_or_path: str | Path, threads: int = 1, *, variant: str | None = None, provider: str = CPU) -> Model:
+    """A model by name, or from its folder.
+
+    Parameters
+    ----------
+    name_or_path : str or Path
+        A name that `list_models` knows, or a model folder.
+    threads : int
+        Threads that ONNX Runtime may use, in each process.
+    variant : {"float", "int8"}, optional
+        By default the one on the card.
+    provider : str
+        ONNX Runtime's execution provider. If it cannot be had, that is an error, never a silent fall back to the CPU.
+
+    Raises
+    ------
+    ModelError
+        No such model, a card that is not understood, a file that is missing or not the one on the card.
+    """
+    folder = find_model(name_or_path)
+    card = read_card(folder)
+    chosen = variant or card.default_variant
+    if chosen not in card.files:
+        raise ModelError(f"{folder / CARD}: no variant {chosen!r}; there are: {', '.join(card.files)}")
+    path, expected = folder / card.files[chosen]["path"], card.files[chosen]["sha256"]
+    found = file_hash(path)
+    if found != expected:
+        raise ModelError(
+            f"{path}: SHA-256 {found[:16]}…, the card says {expected[:16]}…: not the file that was described. "
+            f"Restore it, or write a new card"
+        )
+    return Model(card, str(path.resolve()), chosen, found, threads, provider)
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file; raises `ModelError` where there is none."""
+    return hashlib.sha256(_read(path)).hexdigest()
+
+
+@lru_cache(maxsize=8)
+def _session(file: str, expected: str, threads: int, provider: str) -> Any:
+    """The ONNX Runtime session of this process for a file, made once."""
+    import onnxruntime
+
+    data = _read(file)
+    if hashlib.sha256(data).hexdigest() != expected:
+        raise ModelError(f"{file}: has changed since the model was loaded")
+    if provider not in onnxruntime.get_available_providers():
+        raise ModelError(
+            f"provider {provider} is not in this ONNX Runtime "
+            f"(it has {', '.join(onnxruntime.get_available_providers())}); install the package that brings it"
+        )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = threads
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    # A thread that spins while it waits takes a core from the worker next to it.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    options.log_severity_level = 3  # errors only; they are raised
+    try:
+        session = onnxruntime.InferenceSession(data, options, providers=[provider])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        raise ModelError(f"{file}: ONNX Runtime cannot load it: {error}") from error
+    if session.get_providers()[0] != provider:
+        raise ModelError(f"{file}: asked for {provider}, ONNX Runtime uses {session.get_providers()[0]}")
+    return session
+
+
+def _read(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+# --- What `batchproc models` does -------------------------------------------------------------------------------------
+
+
+def show_model(name_or_path: str | Path) -> str:
+    """The card of a model as text, and where it lies."""
+    folder = find_model(name_or_path)
+    return f"# {folder}\n{read_card(folder).to_toml()}"
+
+
+def add_model(path: str | Path, name: str | None = None) -> Path:
+    """Copy a model folder into the user's folder of models, after checking it; returns the copy's path.
+
+    Parameters
+    ----------
+    path : str or Path
+        A folder with a card.
+    name : str, optional
+        What it shall be called; by default the name on its card. The copy's card says so.
+
+    Raises
+    ------
+    ModelError
+        No card, files that are not those on the card, a model that does not run, or a name that is taken.
+    """
+    source = Path(path)
+    if not (source / CARD).is_file():
+        raise ModelError(f"{source}: a model is a folder with a {CARD} and the ONNX files it names; no {CARD} here")
+    card = read_card(source)
+    card = replace(card, name=name or card.name)
+    check_card(card, source / CARD)
+    taken = list_models().get(card.name)
+    if taken is not None:
+        raise ModelError(f"there is a model {card.name!r} already ({taken}); give another name, or remove that folder")
+    check_model(source)
+    target = models_folder() / card.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as temporary:
+        temporary.mkdir()
+        for file in card.files.values():
+            shutil.copyfile(source / file["path"], temporary / file["path"])
+        (temporary / CARD).write_text(card.to_toml())
+    return target
+
+
+def check_model(name_or_path: str | Path) -> list[str]:
+    """Verify the hashes of a model's files, that each variant runs, gives probabilities, and leaves blanks unscored.
+
+    Returns
+    -------
+    list of str
+        What was found to hold, one line a variant.
+
+    Raises
+    ------
+    ModelError
+        The first thing that does not hold.
+    """
+    folder = find_model(name_or_path)
+    card = read_card(folder)
+    stamps, features = _specimens(card)
+    lines, answers = [], {}
+    for variant in card.files:
+        model = load_model(folder, variant=variant)
+        scores = model.predict(stamps, features)
+        if not np.isnan(scores[-1]).all():
+            raise ModelError(f"{model.file}: a stamp without data got the score {scores[-1]}")
+        if not np.isfinite(scores[:-1]).all() or scores[:-1].min() < 0 or scores[:-1].max() > 1:
+            raise ModelError(
+                f"{model.file}: scores from {np.nanmin(scores[:-1])} to {np.nanmax(scores[:-1])}; expected "
+                f"probabilities (a model that answers logits needs a final sigmoid or softmax)"
+            )
+        answers[variant] = scores[:-1]
+        lines.append(f"{variant}: {Path(model.file).name} is the file on the card, runs on {model.provider}")
+    reference = answers.get("float")
+    for variant, scores in answers.items():
+        if reference is not None and variant != "float":
+            worst = float(np.max(np.abs(scores - reference)))
+            lines.append(f"{variant}: differs from float by at most {worst:.3f} on {len(scores)} generated stamps")
+    return lines
+
+
+def _specimens(card: ModelCard) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    """Generated stamps to try a model on: noise with and without a source, the last one blank."""
+    random = np.random.default_rng(0)
+    n, size = 32, card.input.size
+    stamps = random.normal(0.0, 1.0, (n + 1, 3, size, size)).astype(np.float32)
+    y, x = np.mgrid[:size, :size] - size // 2
+    source = np.exp(-(x**2 + y**2) / 4.0) * np.geomspace(1, 100, n)[:, None, None]
+    stamps[:n, 0] += source
+    stamps[:n, 2] += source
+    stamps[n] = np.nan
+    features = np.zeros((n + 1, len(card.input.features)), np.float32) if card.input.features else None
+    return stamps, features
