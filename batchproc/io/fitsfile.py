@@ -126,9 +126,8 @@ class FitsFile:
             with quiet():
                 self._list = fits.open(stream, mode="readonly", memmap=False, lazy_load_hdus=True)
         except Exception as error:
-            raise self.error(
-                f"the first header cannot be parsed ({_first_line(error)})", "a complete FITS header"
-            ) from error
+            found = f"a first header that cannot be used ({_first_line(error)}{_size_claimed(stream)})"
+            raise self.error(found, "a complete FITS header with a size that fits the file") from error
 
     def error(self, found: str, expected: str, *, hdu: int | str | None = None, do: str = "") -> ReadError:
         """A `ReadError` on this file."""
@@ -301,6 +300,16 @@ def _open_stream(path: Path) -> tuple[BinaryIO, int]:
         stream.close()
         raise
     return stream, size
+
+
+def _size_claimed(stream: BinaryIO) -> str:
+    """The size that the first header claims, where it can be read: absurd sizes are why astropy gives up."""
+    try:
+        stream.seek(0)
+        header = fits.Header.fromfile(stream)
+        return f"; it claims {' x '.join(str(header[f'NAXIS{axis + 1}']) for axis in range(header['NAXIS']))} pixels"
+    except Exception:
+        return ""
 
 
 def _first_line(error: BaseException) -> str:

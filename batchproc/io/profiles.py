@@ -91,7 +91,7 @@ class Extensions:
 
 @dataclass(frozen=True)
 class Companions:
-    """How the files of the planes are called: pairs of texts, the first in the image's file name, the second instead."""
+    """File names of the planes: pairs of what stands in the name of the image and what stands there instead."""
 
     mask: list[Any] = field(default_factory=list)
     variance: list[Any] = field(default_factory=list)
