@@ -287,7 +287,8 @@ def _load(path: Path, mtime: int) -> Profile:
     generic = BUNDLED / "generic.toml"
     values = _read_toml(path)
     if path != generic:
-        values = _merge(_read_toml(generic) | {"match": []}, values)
+        base = {key: value for key, value in _read_toml(generic).items() if key not in ("name", "description", "match")}
+        values = _merge(base, values)
     values.setdefault("name", path.stem)
     try:
         return _build(Profile, values, "")  # type: ignore[no-any-return]
