@@ -19,7 +19,7 @@ from scipy.spatial import cKDTree
 from batchproc.errors import ManifestError, ReadError
 from batchproc.io.fitsfile import quiet, split_hdu
 from batchproc.io.images import ImageInfo, image_hdus, inspect_image
-from batchproc.io.profiles import load_profile
+from batchproc.io.profiles import list_profiles, load_profile
 
 __all__ = ["build_manifest", "covers"]
 
@@ -52,8 +52,9 @@ def build_manifest(
     ManifestError
         No image has a reference.
     """
-    if instrument is not None:
-        load_profile(instrument)  # a ConfigError now, not in every row
+    # A profile that cannot be found by its name would be lost between the manifest and the run.
+    if instrument is not None and load_profile(instrument).name not in list_profiles():
+        raise ManifestError(f"put {instrument} into the folder that BATCHPROC_INSTRUMENTS names, and give its name")
     notes: list[str] = []
     news = _inspect_all(images, instrument, notes)
     refs = _inspect_all(references, instrument, notes)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchproc.errors import ExposureError, RawFrameError, ReadError
+from batchproc.imaging.psf_model import PsfModel
 from batchproc.io.fitsfile import FitsFile, Hdu, open_fits, split_hdu
 from batchproc.io.headers import Calibration, calibrate, measured_time, number, raw_reason, text
 from batchproc.io.planes import NONSENSE, decode_mask, decode_variance, mask_rule
@@ -236,16 +237,12 @@ def read_psf(path: str | Path) -> PsfLike:
     ReadError
         Neither of the two, or a stamp that is no PSF.
     """
-    from batchproc.imaging.psf import PsfModel
-
     location, hdu = split_hdu(path)
     with open_fits(location) as file:
         for candidate in [file.find(hdu)] if hdu is not None else list(file):
             if candidate.kind == "table" and "POLNAXIS" in candidate.header:
                 table = file.table(candidate)
-                return _as_psf(
-                    file, candidate, lambda c=candidate, t=table: PsfModel.from_psfex(c.header, t["PSF_MASK"][0])
-                )
+                return _as_psf(file, candidate, lambda c=candidate, t=table: PsfModel.from_psfex(c.header, t))
             if candidate.kind == "image" and candidate.shape:
                 stamp = np.asarray(file.pixels(candidate), dtype=np.float64)
                 return _as_psf(file, candidate, lambda s=stamp: PsfModel.from_array(s))
@@ -265,9 +262,8 @@ def _as_psf(file: FitsFile, hdu: Hdu, build: Any) -> PsfLike:
 
 
 def _inspect(file: FitsFile, hdu: int | str | None, profile: ProfileSource, otherwise: ProfileSource) -> ImageInfo:
-    first = _first_cards(file)
     if hdu is None:
-        target = _choose_image(file, _choose_profile(first, profile, otherwise))
+        target = _choose_image(file, _choose_profile(_first_cards(file), profile, otherwise))
     else:
         target = file.find(hdu)
         file.require_image(target)

@@ -87,9 +87,10 @@ def decode_variance(
     values = plane.astype(np.float64)
     with np.errstate(all="ignore"):
         if meaning == "weight":
-            values = np.where(values > 0, 1.0 / values, np.nan)
+            np.reciprocal(values, out=values)
         elif meaning == "sigma":
-            values = np.where(values > 0, values * values, np.nan)
+            # An rms below zero is none; its square must not look like one.
+            np.copysign(values * values, values, out=values)
         values *= electrons_per_unit**2
         bad = ~((values > 0) & (values < NONSENSE))
     if bad.all():

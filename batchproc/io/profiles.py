@@ -289,7 +289,10 @@ def _load(path: Path, mtime: int) -> Profile:
     if path != generic:
         base = {key: value for key, value in _read_toml(generic).items() if key not in ("name", "description", "match")}
         values = _merge(base, values)
-    values.setdefault("name", path.stem)
+    if values.setdefault("name", path.stem) != path.stem:
+        raise ConfigError(
+            f"instrument profile {path}: name = {values['name']!r}: must be that of the file, {path.stem!r}"
+        )
     try:
         return _build(Profile, values, "")  # type: ignore[no-any-return]
     except ConfigError as error:

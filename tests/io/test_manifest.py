@@ -314,6 +314,15 @@ def test_one_reference_without_a_wcs_is_taken(place: Callable[..., str]) -> None
         build_manifest([plain], [image, place("t.fits", dx=1)])
 
 
+def test_the_instrument_can_be_named(place: Callable[..., str], tmp_path: Path) -> None:
+    """Where headers do not tell; but a run must be able to find it by that name."""
+    image, reference = place("a.fits"), place("r.fits")
+    assert build_manifest([image], [reference], instrument="goto")["survey"].tolist() == ["goto"]
+    (tmp_path / "mine.toml").write_text("[gain]\ndefault = 2.0\n")
+    with pytest.raises(ManifestError, match="BATCHPROC_INSTRUMENTS"):
+        build_manifest([image], [reference], instrument=str(tmp_path / "mine.toml"))
+
+
 @pytest.mark.parametrize("ra", [0.0, 180.0, 359.999])
 @pytest.mark.parametrize("dec", [-89.995, 0.0, 89.995])
 def test_overlap_holds_everywhere_on_the_sky(place: Callable[..., str], ra: float, dec: float) -> None:

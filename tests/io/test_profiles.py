@@ -139,6 +139,7 @@ def test_the_survey_column_names_a_profile(tmp_path: Path) -> None:
         ('[[mask]]\nkind = "bit"', "mask.kind = 'bit'"),
         ('[variance]\nmeaning = "rms"', "variance.meaning = 'rms'"),
         ('[companions]\nmask = ["a"]', "expected a pair"),
+        ('name = "good"', "name = 'good': must be that of the file, 'bad'"),
         ("[gain", "not valid TOML"),
     ],
 )
