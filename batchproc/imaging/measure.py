@@ -135,7 +135,7 @@ class Fit:
     dx, dy : ndarray (n,)
         Position relative to the window's central pixel; 0 where the fit ran away from it.
     error : ndarray (n,)
-        1-sigma error of either coordinate from the Fisher matrix, pixels; NaN where there are too few pixels.
+        1-sigma error of either coordinate from the Fisher matrix, pixels; NaN without a source or with too few pixels.
     amplitude : ndarray (n,)
         Counts in D: P_D's multiple.
     chi2 : ndarray (n,)
@@ -171,7 +171,7 @@ def fit_position(data: NDArray, weight: NDArray, source: PointSource, *, n_itera
     -----
     Only pixels within 1.5 FWHM of the centre take part, and the position must stay within 0.6 FWHM (and may always move
     a pixel): further off it would be another source. Where it does not stay, or fewer than 6 pixels are left, the
-    position is the central pixel, and `converged` is False.
+    position is the central pixel. There, and where the amplitude is not positive, `converged` is False.
     """
     n, half = len(data), source.half
     assert data.shape[1:] == (2 * half + 1, 2 * half + 1)
@@ -191,11 +191,12 @@ def fit_position(data: NDArray, weight: NDArray, source: PointSource, *, n_itera
         moving = moving[np.abs(step).max(axis=1, initial=0.0) > 1e-4]
         if moving.size == 0:
             break
-    converged = (np.abs(position).max(axis=1, initial=0.0) < bound) & (n_pixels >= 6)
+    enough = n_pixels >= 6
+    converged = enough & (np.abs(position).max(axis=1, initial=0.0) < bound)
     position[~converged] = 0.0
 
     normal, _, amplitude = _normal_equations(data, weight, source, position)
-    enough = n_pixels >= 6
+    converged &= amplitude > 0
     covariance = np.linalg.inv(normal)
     error = np.sqrt(0.5 * (covariance[:, 1, 1] + covariance[:, 2, 2]))
     model = amplitude[:, None, None] * source.shifted(position[:, 0], position[:, 1], half)
@@ -203,7 +204,7 @@ def fit_position(data: NDArray, weight: NDArray, source: PointSource, *, n_itera
     return Fit(
         dx=position[:, 0],
         dy=position[:, 1],
-        error=np.where(enough, error, np.nan),
+        error=np.where(enough & (amplitude > 0), error, np.nan),
         amplitude=amplitude,
         chi2=np.where(enough, chi2, np.nan),
         n_pixels=n_pixels,
