@@ -1,0 +1,187 @@
+"""Stamps become tensors here and nowhere else; each recipe against a plain version of itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchproc.learning.inputs import NORMALISATIONS, crop_or_pad, to_tensor
+
+
+def stamps_of(n=4, h=41, w=41, seed=0, sky=(100.0, 50.0, 0.0), noise=(5.0, 3.0, 6.0)):
+    random = np.random.default_rng(seed)
+    shape = (n, 3, h, w)
+    return (random.normal(size=shape) * np.reshape(noise, (3, 1, 1)) + np.reshape(sky, (3, 1, 1))).astype(np.float32)
+
+
+@settings(deadline=None, max_examples=25)
+@given(h=st.integers(1, 40), w=st.integers(1, 40), size=st.integers(1, 40))
+def test_the_candidate_stays_in_the_middle(h, w, size):
+    """Pixel (h // 2, w // 2) lands on (size // 2, size // 2), its neighbours around it, NaN where there was none."""
+    stamps = np.arange(h * w, dtype=np.float32).reshape(1, 1, h, w)
+    endless = np.pad(stamps[0, 0], size, constant_values=np.nan)
+    y, x = h // 2 + size - size // 2, w // 2 + size - size // 2
+    np.testing.assert_array_equal(crop_or_pad(stamps, size)[0, 0], endless[y : y + size, x : x + size])
+
+
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+def test_input_does_not_depend_on_the_size_of_the_stamp(normalisation):
+    """The same candidate cut larger gives the same tensor; the stamps themselves are left alone."""
+    stamps = stamps_of(h=63, w=63)
+    before = stamps.copy()
+    whole, _ = to_tensor(stamps, size=31, normalisation=normalisation)
+    smaller, _ = to_tensor(stamps[:, :, 12:51, 12:51], size=31, normalisation=normalisation)
+    np.testing.assert_array_equal(whole, smaller)
+    np.testing.assert_array_equal(stamps, before)
+
+
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+@pytest.mark.parametrize("filler", [np.nan, np.inf, -np.inf, -3.4028235e38, 1e300])
+def test_pixels_without_data_become_empty_sky_and_spoil_nothing(normalisation, filler):
+    """Whatever a survey fills blank pixels with (−3.4e38 included), the tensor is the same, and finite."""
+    stamps = stamps_of().astype(np.float64)
+    stamps[1, :, :5] = np.nan
+    stamps[2, 0, 20, 20] = np.nan
+    expected, _ = to_tensor(stamps, size=41, normalisation=normalisation)
+    stamps[np.isnan(stamps)] = filler
+    found, scored = to_tensor(stamps, size=41, normalisation=normalisation)
+    np.testing.assert_array_equal(found, expected)
+    assert np.isfinite(found).all()
+    assert (found[1, :, :5] == 0).all()
+    assert scored.all()
+
+
+def test_too_little_data_in_any_channel_is_not_scored():
+    """Half of each channel by default; a channel without a single pixel never, whatever is allowed."""
+    stamps = stamps_of(5)
+    stamps[0, 1, :, :21] = np.nan  # just over half
+    stamps[1, 2, :, :20] = np.nan  # just under
+    stamps[2, 0] = np.nan
+    stamps[3] = np.inf
+    tensor, scored = to_tensor(stamps, size=41, normalisation="noise-log")
+    assert scored.tolist() == [False, True, False, False, True]
+    assert (tensor[~scored] == 0).all()
+    assert to_tensor(stamps, size=41, normalisation="none", min_finite=0)[1].tolist() == [
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
+
+
+def test_row_and_image_norms_match_their_definition():
+    """braai's two recipes, row by row, in plain NumPy; a row of zeros stays zero."""
+    stamps = stamps_of()
+    stamps[0, 0, 3] = 0
+    rows, _ = to_tensor(stamps, size=41, normalisation="row-l2")
+    images, _ = to_tensor(stamps, size=41, normalisation="image-l2")
+    for i, c in np.ndindex(4, 3):
+        image = stamps[i, c].astype(np.float64)
+        np.testing.assert_allclose(images[i, c], image / np.linalg.norm(image), rtol=1e-6)
+        for y, row in enumerate(image):
+            np.testing.assert_allclose(rows[i, c, y], row / (np.linalg.norm(row) or 1.0), rtol=1e-6)
+
+
+def plain_noise_log(stamp):
+    """The slow meaning of the recipe "noise-log", for one stamp without blanks."""
+    sky, noise = [], []
+    for image in stamp.astype(np.float64):
+        inside = np.ones(image.shape, bool)
+        for _ in range(30):
+            mean, sigma = image[inside].mean(), image[inside].std()
+            inside = np.abs(image - mean) < 3 * sigma
+        sky.append(mean)
+        noise.append(sigma)
+    scale = [np.hypot(noise[0], noise[1])] * 2 + [noise[2]]
+    out = []
+    for image, level, sigma in zip(stamp, sky, scale, strict=True):
+        v = (image - level) / sigma
+        mantissa, exponent = np.frexp(1 + np.abs(v))  # mantissa in [0.5, 1)
+        out.append(np.sign(v) * (exponent - 1 + 2 * mantissa - 1))
+    return np.array(out)
+
+
+def test_noise_log_matches_its_definition():
+    """Clipped sky and noise, one scale for new and reference, and the logarithm by pieces."""
+    stamps = stamps_of()
+    y, x = np.mgrid[:41, :41] - 20
+    star = 5e4 * np.exp(-(x**2 + y**2) / 8)
+    stamps[1, :2] += star.astype(np.float32)
+    stamps[2, [0, 2]] -= star.astype(np.float32)
+    tensor, _ = to_tensor(stamps, size=41, normalisation="noise-log")
+    for stamp, found in zip(stamps, tensor, strict=True):
+        np.testing.assert_allclose(found, plain_noise_log(stamp), atol=2e-3)
+
+
+@settings(deadline=None, max_examples=20)
+@given(gain=st.floats(1e-4, 1e4), pedestal=st.floats(-100, 100))
+def test_noise_log_knows_no_units_and_no_pedestal(gain, pedestal):
+    """Other units, or a sky left in, and a model sees the same."""
+    stamps = stamps_of(2)
+    plain, _ = to_tensor(stamps, size=31, normalisation="noise-log")
+    changed, _ = to_tensor((stamps + np.float32(pedestal)) * np.float32(gain), size=31, normalisation="noise-log")
+    np.testing.assert_allclose(changed, plain, atol=5e-3)
+
+
+def test_noise_log_is_linear_in_the_noise_and_logarithmic_above():
+    """The identity up to one sigma, within 0.09 of log2(1 + |v|) everywhere, odd and rising."""
+    size = 101
+    random = np.random.default_rng(1)
+    stamps = random.normal(size=(1, 3, size, size)).astype(np.float32)
+    v = np.concatenate([-np.geomspace(1e-3, 1e5, 50)[::-1], np.geomspace(1e-3, 1e5, 50)])
+    stamps[0, 2, 0, : len(v)] = v
+    tensor, _ = to_tensor(stamps, size=size, normalisation="noise-log")
+    sky, sigma = stamps[0, 2, 1:].mean(), stamps[0, 2, 1:].std()
+    seen, w = tensor[0, 2, 0, : len(v)], (v - sky) / sigma
+    assert (np.diff(seen) > 0).all()
+    np.testing.assert_allclose(
+        seen, np.sign(w) * np.log2(1 + np.abs(w)), atol=0.15
+    )  # 0.09, and clipped sigma is 1 % less
+    np.testing.assert_allclose(seen[np.abs(w) < 0.9], w[np.abs(w) < 0.9], atol=0.05)
+
+
+def test_stamps_without_noise_are_finite():
+    """A constant channel has no noise to divide by; it is empty, not infinite."""
+    tensor, scored = to_tensor(np.full((1, 3, 31, 31), 7.0), size=31, normalisation="noise-log")
+    assert scored.all()
+    assert (tensor == 0).all()
+
+
+def test_layout_and_channels_follow_the_card():
+    """NHWC is NCHW with the channels last; channels come in the order asked for."""
+    stamps = stamps_of()
+    first, _ = to_tensor(stamps, size=21, normalisation="image-l2")
+    last, _ = to_tensor(stamps, size=21, normalisation="image-l2", layout="NHWC")
+    turned, _ = to_tensor(stamps, size=21, normalisation="image-l2", channels=("difference", "new", "ref"))
+    np.testing.assert_array_equal(last, first.transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(turned, first[:, [2, 0, 1]])
+
+
+def test_no_stamps_give_no_rows():
+    """An image without candidates is no special case."""
+    tensor, scored = to_tensor(np.empty((0, 3, 63, 63), np.float32), size=31, normalisation="noise-log")
+    assert tensor.shape == (0, 3, 31, 31)
+    assert scored.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"normalisation": "zscale"}, "unknown normalisation 'zscale'; known: none, row-l2"),
+        ({"layout": "CHWN"}, "unknown layout"),
+        ({"channels": ("new", "template", "difference")}, "unknown channel 'template'"),
+    ],
+)
+def test_unknown_names_are_refused(change, message):
+    """With the names that there are."""
+    with pytest.raises(ValueError, match=message):
+        to_tensor(stamps_of(), **({"size": 31, "normalisation": "none"} | change))
+
+
+def test_channels_last_are_refused():
+    """(n, h, w, 3) is not taken for something else."""
+    with pytest.raises(ValueError, match=r"expected \(n, 3, h, w\)"):
+        to_tensor(np.zeros((2, 63, 63, 3)), size=31, normalisation="none")
