@@ -167,10 +167,9 @@ def _measure(
             part = rows[start : start + _CHUNK]
             for name, values in _measure_in_tile(difference, kernels, source, x[part], y[part]).items():
                 columns.setdefault(name, np.zeros(n))[part] = values
-    if n == 0:
-        nothing = np.zeros(0, np.int64)
+    if n == 0:  # the same columns, empty
         kernels = difference.kernels[0]
-        columns = _measure_in_tile(difference, kernels, PointSource(kernels.psf), nothing, nothing)
+        columns = _measure_in_tile(difference, kernels, PointSource(kernels.psf), x, y)
     return columns, psf_fwhm, f_d
 
 

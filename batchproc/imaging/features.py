@@ -88,7 +88,7 @@ def delta_test(
     hot, point = _centre(kernel, reach), _centre(psf, reach)
     correlation = np.clip(np.sum(hot * point), 0.0, 1.0)
     shifted = np.stack([np.pad(hot, ((1 + j, 1 - j), (1 + i, 1 - i))) for j in (-1, 0, 1) for i in (-1, 0, 1)])
-    score = (data.reshape(len(data), -1) @ shifted.reshape(9, -1).T).max(axis=1, initial=0.0)
+    score = np.tensordot(data, shifted, ([1, 2], [1, 2])).max(axis=1, initial=0.0)
     from_source = correlation * height + 3 * np.sqrt(1 - correlation**2) * noise
     return score / height, (score > height) & (score > from_source)
 

@@ -220,12 +220,13 @@ def _normal_equations(
     power = np.einsum("nij,nij,nij->n", weight, value, value)
     amplitude = np.einsum("nij,nij,nij->n", weight, value, data) / np.maximum(power, 1e-30)
     scale = amplitude[:, None, None]
-    jacobian = np.stack([value, scale * d_dx, scale * d_dy], axis=1).reshape(len(data), 3, -1)
-    weighted = jacobian * weight.reshape(len(data), 1, -1)
+    n, n_pixels = len(data), data.shape[1] * data.shape[2]
+    jacobian = np.stack([value, scale * d_dx, scale * d_dy], axis=1).reshape(n, 3, n_pixels)
+    weighted = jacobian * weight.reshape(n, 1, n_pixels)
     normal = weighted @ jacobian.transpose(0, 2, 1)
     # A tiny ridge keeps windows without weight, or without signal, solvable; they do not move.
     normal += 1e-12 * np.eye(3) * (1.0 + np.trace(normal, axis1=1, axis2=2)[:, None, None])
-    residual = (data - scale * value).reshape(len(data), -1, 1)
+    residual = (data - scale * value).reshape(n, n_pixels, 1)
     return normal, (weighted @ residual)[..., 0], amplitude
 
 

@@ -68,8 +68,8 @@ def test_dipole_is_the_ratio_of_the_lobes(strength, distance):
 @pytest.mark.parametrize("which", ["new", "ref"])
 def test_point_sources_are_not_taken_for_particle_hits(scene, which):
     """Fewer than 1 % of sources of S/N 7, new or vanished, carry any flag at all."""
-    x, y = grid((640, 640), step=32)
-    images = {"new": np.zeros((640, 640)), "ref": np.zeros((640, 640))}
+    x, y = grid((512, 512), step=32)
+    images = {"new": np.zeros((512, 512)), "ref": np.zeros((512, 512))}
     plant(images[which], scene, which, x, y, np.resize([7.0, 12.0, 40.0], x.size) / scene.root_f_s())
     candidates = detect(scene.subtract(images["new"], images["ref"], seed=1))
     rows, found = match(candidates, x, y)
