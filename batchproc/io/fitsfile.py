@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from batchproc.errors import ReadError
 
-__all__ = ["FitsFile", "Hdu", "open_fits", "quiet", "split_hdu"]
+__all__ = ["FitsFile", "Hdu", "first_line", "open_fits", "quiet", "split_hdu"]
 
 #: One image is one task; 2^30 pixels (32768²) are 4 GiB in float32. More than this is a corrupt header or not a CCD.
 MAX_PIXELS = 2**30
@@ -126,7 +126,7 @@ class FitsFile:
             with quiet():
                 self._list = fits.open(stream, mode="readonly", memmap=False, lazy_load_hdus=True)
         except Exception as error:
-            found = f"a first header that cannot be used ({_first_line(error)}{_size_claimed(stream)})"
+            found = f"a first header that cannot be used ({first_line(error)}{_size_claimed(stream)})"
             raise self.error(found, "a complete FITS header with a size that fits the file") from error
 
     def error(self, found: str, expected: str, *, hdu: int | str | None = None, do: str = "") -> ReadError:
@@ -169,11 +169,13 @@ class FitsFile:
     def contents(self) -> str:
         """The HDUs in words, and whether something unreadable follows them."""
         hdus = list(self)
-        info = self._list[hdus[-1].index].fileinfo()
-        rest = self._size - info["datLoc"] - info["datSpan"]
-        return ", ".join(hdu.label for hdu in hdus) + (
-            f", then {rest} bytes that are no whole header (a truncated file?)" if rest > 0 else ""
-        )
+        words = ", ".join(hdu.label for hdu in hdus)
+        with suppress(Exception):  # a damaged HDU does not know its size
+            info = self._list[hdus[-1].index].fileinfo()
+            rest = self._size - info["datLoc"] - info["datSpan"]
+            if rest > 0:
+                words += f", then {rest} bytes that are no whole header (a truncated file?)"
+        return words
 
     def pixels(self, hdu: Hdu) -> NDArray[Any]:
         """The pixels of an image HDU, scaled (BSCALE, BZERO; BLANK becomes NaN), in native byte order.
@@ -190,7 +192,7 @@ class FitsFile:
         except MemoryError:
             raise
         except Exception as error:
-            found = f"pixels that cannot be decoded ({_first_line(error)})"
+            found = f"pixels that cannot be decoded ({first_line(error)})"
             raise self.error(found, "a complete image", hdu=hdu.index) from error
         data = np.asarray(data).reshape(hdu.shape)
         return data.astype(data.dtype.newbyteorder("="), copy=False)
@@ -202,7 +204,7 @@ class FitsFile:
             with quiet():
                 return self._list[hdu.index].data
         except Exception as error:
-            raise self.error(f"a table that cannot be read ({_first_line(error)})", "a table", hdu=hdu.index) from error
+            raise self.error(f"a table that cannot be read ({first_line(error)})", "a table", hdu=hdu.index) from error
 
     def require_image(self, hdu: Hdu) -> None:
         """Raise `ReadError` unless this is a whole 2-D image of a believable size; reads no pixels."""
@@ -219,34 +221,40 @@ class FitsFile:
         self._require_whole(hdu)
 
     def _require_whole(self, hdu: Hdu) -> None:
-        raw = self._list[hdu.index]
-        info = raw.fileinfo()
-        # The last block of a file may lack its padding. The size of a compressed image is that of its table, padded.
-        compressed = isinstance(raw, fits.CompImageHDU)
-        end = info["datLoc"] + (max(info["datSpan"] - 2879, 0) if compressed else int(raw.size))
+        try:
+            raw = self._list[hdu.index]
+            info = raw.fileinfo()
+            # The last block of a file may lack its padding. A compressed image's size is that of its table, padded.
+            compressed = isinstance(raw, fits.CompImageHDU)
+            end = info["datLoc"] + (max(info["datSpan"] - 2879, 0) if compressed else int(raw.size))
+        except Exception as error:
+            raise self._bad_header(hdu.index, error) from error
         if end > self._size:
             raise self.error(
                 f"truncated: {self._size} bytes", f"at least {end}, by the header of this HDU", hdu=hdu.index
             )
 
+    def _bad_header(self, index: int, error: Exception) -> ReadError:
+        found = f"a header that cannot be parsed ({first_line(error)})"
+        return self.error(found, "a complete FITS header", hdu=index)
+
     def _describe(self, index: int) -> Hdu:
+        # Whatever astropy raises while it parses a header is the header's doing.
         try:
             with quiet():
                 raw = self._list[index]
+                header = raw.header
+                shape = tuple(int(header.get(f"NAXIS{n}", 0)) for n in range(int(header.get("NAXIS", 0)), 0, -1))
+                name, version = str(raw.name).strip().upper(), int(raw.ver)
+                table = isinstance(raw, fits.BinTableHDU | fits.TableHDU)
+                kind = "image" if getattr(raw, "is_image", False) else "table" if table else "other"
         except IndexError:
             raise
         except Exception as error:
-            found = f"a header that cannot be parsed ({_first_line(error)})"
-            raise self.error(found, "a complete FITS header", hdu=index) from error
-        with quiet():
-            header = raw.header
-            shape = tuple(int(header.get(f"NAXIS{axis}", 0)) for axis in range(int(header.get("NAXIS", 0)), 0, -1))
+            raise self._bad_header(index, error) from error
         while len(shape) > 2 and shape[0] == 1:
             shape = shape[1:]
-        # HDUs that are neither (a damaged XTENSION) are of astropy's base classes.
-        table = isinstance(raw, fits.BinTableHDU | fits.TableHDU)
-        kind = "image" if getattr(raw, "is_image", False) else "table" if table else "other"
-        return Hdu(index, str(raw.name).strip().upper(), int(raw.ver), header, kind, shape if kind == "image" else ())
+        return Hdu(index, name, version, header, kind, shape if kind == "image" else ())
 
 
 @contextmanager
@@ -291,7 +299,7 @@ def _open_stream(path: Path) -> tuple[BinaryIO, int]:
             try:
                 content = gzip.decompress(stream.read())
             except (EOFError, OSError, zlib.error) as cause:
-                raise error(f"a corrupt or cut gzip file ({_first_line(cause)})", "a whole one", again) from cause
+                raise error(f"a corrupt or cut gzip file ({first_line(cause)})", "a whole one", again) from cause
             stream.close()
             stream, size, magic = io.BytesIO(content), len(content), content[:9]
         if magic != b"SIMPLE  =":
@@ -312,6 +320,7 @@ def _size_claimed(stream: BinaryIO) -> str:
         return ""
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What another library says is wrong, in one line of bounded length."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:160]

@@ -9,7 +9,7 @@ import numpy as np
 from astropy.wcs import WCS
 from astropy.wcs.utils import proj_plane_pixel_scales
 
-from batchproc.io.fitsfile import quiet
+from batchproc.io.fitsfile import first_line, quiet
 
 __all__ = ["celestial_wcs", "pixel_scale_arcsec"]
 
@@ -29,11 +29,11 @@ def celestial_wcs(header: Any, shape: tuple[int, int]) -> tuple[WCS | None, str]
     note : str
         Why there is none, or what was put right; empty otherwise.
     """
-    if not str(header.get("CTYPE1", "")).strip():
-        return None, "no WCS: the header has no CTYPE1"
-    header, notes = _repair(header)
     try:
         with quiet():
+            if not str(header.get("CTYPE1", "")).strip():
+                return None, "no WCS: the header has no CTYPE1"
+            header, notes = _repair(header)
             wcs = WCS(header)
             if not wcs.has_celestial:
                 return None, f"no WCS: CTYPE1 = {header.get('CTYPE1')!r} is not celestial"
@@ -43,10 +43,7 @@ def celestial_wcs(header: Any, shape: tuple[int, int]) -> tuple[WCS | None, str]
             scale = pixel_scale_arcsec(wcs)
     except Exception as error:
         # wcslib has dozens of ways to say that a header is inconsistent; star patterns will do without it.
-        return (
-            None,
-            f"no WCS: {str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__}",
-        )
+        return None, f"no WCS: {first_line(error)}"
     if not np.isfinite(sky).all() or not 1e-4 < scale < 3600:
         return None, f"no WCS: what the header describes is not an image of the sky (scale {scale:g} arcsec)"
     return wcs, "; ".join(notes)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from astropy.io import fits
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchproc.errors import RawFrameError, ReadError
@@ -591,6 +591,28 @@ def test_a_raw_exposure_of_many_ccds_is_refused_as_raw(tmp_path: Path) -> None:
     path = write_mef(tmp_path / "a.fits", [("N1", sky(), {}), ("N2", sky(), {})], {"PROCTYPE": "raw"})
     with pytest.raises(RawFrameError):
         read_image(path)
+
+
+@given(
+    kind=st.sampled_from(["a.fits", "a.fits.fz", "a.fits.gz"]),
+    damage=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8),
+    keep=st.floats(0.5, 1),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_damage_gives_an_image_or_a_read_error(
+    tmp_path: Path, kind: str, damage: list[tuple[float, int]], keep: float
+) -> None:
+    """Flipped bytes and cut ends never look like a bug of ours."""
+    path = tmp_path / kind
+    if not path.is_file():
+        write(path)
+    content = bytearray(path.read_bytes())
+    for place, value in damage:
+        content[int(place * len(content))] = value
+    (tmp_path / "damaged").mkdir(exist_ok=True)
+    (tmp_path / "damaged" / kind).write_bytes(content[: int(keep * len(content))] if keep < 0.9 else content)
+    with contextlib.suppress(ReadError):
+        assert np.isfinite(read_image(tmp_path / "damaged" / kind).data).all()
 
 
 # ---- real images
