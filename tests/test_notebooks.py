@@ -8,7 +8,7 @@ import pytest
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
-jupyter_client = pytest.importorskip("jupyter_client")
+Config = pytest.importorskip("traitlets.config").Config
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -19,8 +19,15 @@ def test_notebook_runs_and_shows_pictures(path, tmp_path, monkeypatch):
     """Every cell runs in a fresh kernel and an empty folder, without warnings, and at least two pictures appear."""
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     notebook = nbformat.read(path, as_version=4)
-    kernel = jupyter_client.AsyncKernelManager(kernel_name="python3", transport="ipc")  # no open port
-    nbclient.NotebookClient(notebook, km=kernel, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    # Over a socket in our own folder: an open port would run anyone's code.
+    kernel = {"transport": "ipc", "connection_file": str(tmp_path / "kernel.json")}
+    nbclient.NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
+        config=Config({"KernelManager": kernel}),
+    ).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
     assert "Warning" not in "".join(output.get("text", "") for output in outputs if output.get("name") == "stderr")
