@@ -1,0 +1,125 @@
+"""Files that are there whole or not at all.
+
+Everything in a run folder is written under a temporary name beside its place, brought to the disk (fsync), and then
+renamed. Names that start with `TEMPORARY` are leftovers of killed processes: nobody reads them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+__all__ = ["TEMPORARY", "part_name", "remove", "remove_leftovers", "replacing", "write_bytes", "write_text"]
+
+TEMPORARY = ".tmp-"
+_LONGEST_NAME = 180  # of the 255 bytes of most file systems; suffixes and TEMPORARY need the rest
+
+
+def part_name(identity: str) -> str:
+    """A file name for an image id or a model: the id itself where it can be one, percent-encoded otherwise.
+
+    Different ids give different names; a very long one is cut and carries its hash.
+
+    >>> part_name("ztf 1/2"), part_name(".hidden")
+    ('ztf%201%2F2', '%2Ehidden')
+    """
+    name = quote(identity, safe="")
+    if name.startswith("."):
+        name = "%2E" + name[1:]
+    if len(name) > _LONGEST_NAME:
+        # quote() leaves '~' alone, so an id of that length could hold '~~' itself; its hash still tells them apart.
+        name = f"{name[: _LONGEST_NAME - 34]}~~{sha256(identity.encode()).hexdigest()[:32]}"
+    return name
+
+
+def identity_of(name: str) -> str | None:
+    """The id behind a `part_name`; None where it was cut (look inside the file)."""
+    return None if "~~" in name else unquote(name)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path to write a file or a folder to, which takes the place of `path` when the block ends well.
+
+    The folder of `path` must exist. When the block raises, or the process dies in it, `path` is untouched.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}-{path.name}"[:250])
+    try:
+        yield temporary
+        _sync_tree(temporary)
+        rename(temporary, path)
+        _sync(path.parent)
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder; one that is not there is fine."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> int:
+    """Delete what killed processes left under temporary names in this folder; returns how many."""
+    leftovers = list(folder.glob(f"{TEMPORARY}*"))
+    for path in leftovers:
+        remove(path)
+    return len(leftovers)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file or a folder, replacing what has that name."""
+    for _ in range(5):
+        try:
+            os.replace(source, target)
+            return
+        except OSError as error:
+            # A folder cannot replace a full one: move that aside first. Another process may be doing the same.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            aside = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+            try:
+                os.replace(target, aside)
+            except FileNotFoundError:
+                continue
+            remove(aside)
+    raise OSError(errno.EBUSY, "another process keeps writing the same folder", str(target))
+
+
+def _sync_tree(path: Path) -> None:
+    if path.is_dir():
+        for child in path.iterdir():
+            _sync_tree(child)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)

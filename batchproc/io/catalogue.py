@@ -1,0 +1,245 @@
+"""The catalogue on disk: one Parquet part an image, scores beside it, and one data frame over all.
+
+Units and meanings of `batchproc.records.CATALOGUE` are in the metadata of each field. A part numbers its stamps from 0;
+`open_catalogue` counts them through the whole run, as `batchproc.io.stamps.open_stamps` does. Scores are rows of
+``scores/MODEL/*.parquet`` with the candidate's id, so that scoring rewrites nothing that is finished.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from batchproc.errors import RunMismatchError, UsageError
+from batchproc.io.atomic import replacing
+from batchproc.io.progress import Index, read_index
+from batchproc.io.run_folder import RunFolder
+from batchproc.records import CATALOGUE
+
+__all__ = ["SCHEMA", "open_catalogue", "read_part", "scored_images", "write_part", "write_scores"]
+
+SCHEMA = pa.schema(
+    [
+        pa.field(
+            column.name,
+            pa.string() if column.dtype == "str" else pa.from_numpy_dtype(np.dtype(column.dtype)),
+            metadata={"unit": column.unit, "meaning": column.meaning},
+        )
+        for column in CATALOGUE
+    ]
+)
+
+#: One condition, ``("scorr", ">", 7)``; a list of them must all hold.
+Filter = tuple[str, str, Any]
+_OPERATORS = {
+    "==": lambda a, b: a == b,
+    "!=": lambda a, b: a != b,
+    "<": lambda a, b: a < b,
+    "<=": lambda a, b: a <= b,
+    ">": lambda a, b: a > b,
+    ">=": lambda a, b: a >= b,
+    "in": lambda a, b: a.isin(list(b)),
+    "not in": lambda a, b: ~a.isin(list(b)),
+}
+
+
+def write_part(path: Path, columns: Mapping[str, NDArray]) -> None:
+    """Write the rows of one image, whole or not at all; `columns` has every column of `CATALOGUE`."""
+    table = pa.table({name: pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names}, SCHEMA)
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def read_part(path: Path, columns: Sequence[str] | None = None) -> dict[str, NDArray]:
+    """Rows of one image by column, as `write_part` took them."""
+    table = pq.read_table(path, columns=None if columns is None else list(columns))
+    return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def open_catalogue(
+    run: str | Path, columns: Sequence[str] | None = None, filters: Sequence[Filter] | None = None
+) -> pd.DataFrame:
+    """The catalogue of a run, with the scores it has been given.
+
+    Parameters
+    ----------
+    run : path
+        A run folder; one at work is seen as it is at this moment.
+    columns : sequence of str, optional
+        Only these; ``score_<model>`` among them.
+    filters : sequence of (column, operator, value), optional
+        Conditions that must all hold, with ``==  !=  <  <=  >  >=  in  not in``, for any column, chosen or not. Those
+        on the catalogue's own columns keep the rest from being read.
+
+    Returns
+    -------
+    pandas.DataFrame
+        In the manifest's order, with the columns of `batchproc.records.CATALOGUE` and a ``score_<model>`` for each
+        model that has scored the run (``score_<model>_<class>`` where it has several classes; NaN: not scored).
+        ``stamp_index`` is the index in `open_stamps(run)`. ``.attrs["units"]`` has the units, ``.attrs["models"]``
+        version, hash and normalisation of the models.
+
+    Raises
+    ------
+    UsageError
+        When `run` is no run folder, or has no such column.
+
+    Examples
+    --------
+    >>> open_catalogue("RUN", columns=["ra", "dec", "score_realbogus"],
+    ...                filters=[("score_realbogus", ">", 0.5), ("flags", "==", 0)])     # doctest: +SKIP
+    """
+    folder = RunFolder.existing(run)
+    scores = _score_columns(folder)
+    names = [*SCHEMA.names, *(column for model in scores.values() for column in model.columns)]
+    wanted = list(names if columns is None else columns)
+    conditions = list(filters or [])
+    _check_names(folder, [*wanted, *(name for name, _, _ in conditions)], names)
+    stored = [c for c in conditions if c[0] in SCHEMA.names and c[0] != "stamp_index"]
+    later = [c for c in conditions if c not in stored]
+    needed = {*wanted, *(name for name, _, _ in later)}
+
+    catalogue = _read_parts(folder, read_index(folder), needed, stored)
+    for model in scores.values():
+        if needed & model.columns.keys():
+            catalogue[list(model.columns)] = _read_scores(model).reindex(catalogue["candidate_id"]).to_numpy()
+    for name, operator, value in later:
+        catalogue = catalogue[_OPERATORS[operator](catalogue[name], value)]
+    catalogue = catalogue[wanted].reset_index(drop=True)
+    catalogue.attrs["units"] = {column.name: column.unit for column in CATALOGUE if column.name in wanted}
+    catalogue.attrs["models"] = {name: model.about for name, model in scores.items()}
+    return catalogue
+
+
+def write_scores(
+    path: Path, image_ids: Sequence[str], candidate_ids: NDArray, scores: NDArray[np.float32], model: Any
+) -> None:
+    """Write the scores of a chunk of candidates, whole or not at all.
+
+    Parameters
+    ----------
+    path : Path
+        In ``RUN/scores/MODEL/``.
+    image_ids : sequence of str
+        The images that the chunk consists of, each whole.
+    candidate_ids : ndarray (n,)
+    scores : ndarray (n,) or (n, n_classes) float32
+        NaN: not scored.
+    model : Model
+        Its name, version, hash and normalisation go into the schema's metadata.
+    """
+    by_name = dict(zip(_score_names(model, scores), scores.reshape(len(scores), -1).T, strict=True))
+    fields = [pa.field("candidate_id", pa.string())]
+    fields += [pa.field(name, pa.float32(), metadata={"unit": "", "meaning": "score"}) for name in by_name]
+    metadata = {
+        "model": model.name,
+        "version": str(model.version),
+        "hash": model.hash,
+        "normalisation": str(model.normalisation),
+        "images": json.dumps(list(image_ids)),
+    }
+    table = pa.table({"candidate_id": pa.array(candidate_ids, pa.string()), **by_name}, pa.schema(fields, metadata))
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def scored_images(folder: RunFolder, model: Any) -> set[str]:
+    """Images that this model has scored already.
+
+    Raises
+    ------
+    RunMismatchError
+        Another version of the model has scored some: its scores are not mixed with new ones.
+    """
+    images: set[str] = set()
+    for path in _score_parts(folder.scores_of(model.name)):
+        metadata = _text(pq.read_schema(path).metadata)
+        if metadata["hash"] != model.hash:
+            raise RunMismatchError(
+                f"{path.parent} has scores of version {metadata['version']} of the model {model.name} "
+                f"({metadata['hash'][:12]}), the model now is version {model.version} ({model.hash[:12]}): "
+                "remove that folder to score again, or add the model under another name"
+            )
+        images |= set(json.loads(metadata["images"]))
+    return images
+
+
+def _read_parts(folder: RunFolder, index: Index, wanted: Iterable[str], filters: Sequence[Filter]) -> pd.DataFrame:
+    columns = [name for name in SCHEMA.names if name in {*wanted, "candidate_id", "image_id", "stamp_index"}]
+    condition = None
+    for name, operator, value in filters:
+        part = pq.filters_to_expression([(name, operator, value)])
+        condition = part if condition is None else condition & part
+    files = [str(folder.catalogue_part(image_id)) for image_id in index.image_ids]
+    if files:
+        table = ds.dataset(files, schema=SCHEMA, format="parquet").to_table(columns=columns, filter=condition)
+    else:
+        table = SCHEMA.empty_table().select(columns)
+    offsets = pd.Series(index.offsets[:-1], index=pd.Index(index.image_ids, dtype=object))
+    catalogue: pd.DataFrame = table.to_pandas()
+    catalogue["stamp_index"] += offsets.reindex(catalogue["image_id"].astype(object)).to_numpy(np.int64)
+    return catalogue.sort_values("stamp_index", ignore_index=True)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Scores of one model: its files, its columns (in the catalogue → in the files), and what made them."""
+
+    parts: list[Path]
+    columns: dict[str, str]
+    about: dict[str, str]
+
+
+def _score_columns(folder: RunFolder) -> dict[str, _Scores]:
+    models = {}
+    for path in sorted(folder.scores.glob("*/")):
+        parts = _score_parts(path)
+        if parts:
+            schema = pq.read_schema(parts[0])
+            metadata = _text(schema.metadata)
+            columns = {
+                f"score_{metadata['model']}{name.removeprefix('score')}": name
+                for name in schema.names
+                if name != "candidate_id"
+            }
+            about = {key: metadata[key] for key in ("version", "hash", "normalisation")}
+            models[metadata["model"]] = _Scores(parts, columns, about)
+    return models
+
+
+def _read_scores(model: _Scores) -> pd.DataFrame:
+    frame = ds.dataset(model.parts, format="parquet").to_table().to_pandas()
+    # A chunk that was scored twice (a driver was killed, and the next one cut other chunks) gave the same scores.
+    return frame.drop_duplicates("candidate_id").set_index("candidate_id")[list(model.columns.values())]
+
+
+def _score_parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[!.]*.parquet"))
+
+
+def _score_names(model: Any, scores: NDArray[np.float32]) -> list[str]:
+    if scores.ndim == 1:
+        return ["score"]
+    classes = getattr(model, "classes", ()) or range(scores.shape[1])
+    return [f"score_{name}" for name in classes]
+
+
+def _check_names(folder: RunFolder, asked: Iterable[str], known: Sequence[str]) -> None:
+    unknown = [name for name in asked if name not in known]
+    if unknown:
+        hint = "; `batchproc classify` makes scores" if unknown[0].startswith("score_") else ""
+        raise UsageError(f"{folder.path}: no column {unknown[0]!r} in the catalogue; known: {', '.join(known)}{hint}")
+
+
+def _text(metadata: Mapping[bytes, bytes]) -> dict[str, str]:
+    return {key.decode(): value.decode() for key, value in metadata.items()}

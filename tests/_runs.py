@@ -1,0 +1,83 @@
+"""Runs without images: manifests of names, and work functions that make up their candidates.
+
+Module-level functions, so that worker processes find them by import.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from batchproc.config import Config
+from batchproc.errors import AlignError
+from batchproc.io.run_folder import RunFolder
+from batchproc.records import CATALOGUE, ManifestEntry, Receipt
+
+SIZE = 9
+CONFIG = Config.from_dict({"cutouts": {"size": SIZE}, "classify": {"model": ""}})
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the campaign needs of an ImageResult."""
+
+    catalogue: dict
+    stamps: np.ndarray
+    receipt: Receipt
+
+
+def entries(*names: str) -> list[ManifestEntry]:
+    return [ManifestEntry(name, f"/nights/{name}.fits", ("/nights/ref.fits",)) for name in names]
+
+
+def no_wisdom(config: Config) -> str:
+    return ""
+
+
+def result(image_id: str, n: int, size: int = SIZE) -> Result:
+    """n candidates whose stamps and columns tell which image and row they are of."""
+    seed = sum(image_id.encode())
+    rng = np.random.default_rng(seed)
+    columns = {}
+    for column in CATALOGUE:
+        if column.dtype == "str":
+            columns[column.name] = np.array([f"{image_id}-{row}" for row in range(n)], object)
+        else:
+            columns[column.name] = rng.uniform(0, 100, n).astype(column.dtype)
+    columns["image_id"] = np.array([image_id] * n, object)
+    columns["stamp_index"] = np.arange(n)
+    columns["flags"] = np.zeros(n, np.int32)
+    columns["scorr"] = np.arange(n, dtype=np.float32)
+    stamps = rng.normal(size=(n, 3, size, size)).astype(np.float32)
+    stamps[:, 0, 0, 0] = seed
+    stamps[:, 0, 0, 1] = np.arange(n)
+    return Result(columns, stamps, Receipt(image_id, "done", n, {"subtract": 0.5}, quality={"fwhm_new": 3.5}))
+
+
+def process(entry: ManifestEntry, config: Config) -> Result:
+    """Candidates by the first number in the name; 'bad', 'bug' and 'deadly' in a name do what they say."""
+    if "bad" in entry.image_id:
+        raise AlignError(f"{entry.new}: found 2 matches, needs 8: check the WCS", found=2, needed=8)
+    if "bug" in entry.image_id:
+        raise ZeroDivisionError("nobody thought of this")
+    if "deadly" in entry.image_id:
+        os._exit(9)
+    if "slow" in entry.image_id:
+        time.sleep(0.3)
+    digits = "".join(c for c in entry.image_id if c.isdigit())
+    return result(entry.image_id, int(digits or 3) % 50)
+
+
+def repaired(entry: ManifestEntry, config: Config) -> Result:
+    """Everything works now."""
+    return result(entry.image_id, 2)
+
+
+def begin(path: Path, *names: str) -> RunFolder:
+    folder = RunFolder(path)
+    folder.freeze(entries(*names), CONFIG, lambda: "")
+    return folder
