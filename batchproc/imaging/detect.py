@@ -13,15 +13,22 @@ from dataclasses import dataclass
 import numpy as np
 import sep
 from numpy.typing import NDArray
-from scipy.ndimage import maximum_filter, minimum_filter
 from scipy.spatial import cKDTree
 
 from batchproc.config import DetectConfig
 from batchproc.errors import SubtractError
 from batchproc.imaging.cutouts import windows
-from batchproc.imaging.features import delta_test, dipole, distance_to_pixels, on_streak, score_response
+from batchproc.imaging.features import (
+    delta_test,
+    dipole,
+    distance_to_pixels,
+    on_streak,
+    score_response,
+    without_holes,
+)
 from batchproc.imaging.measure import PointSource, aperture_sum, fit_position, moments
 from batchproc.imaging.sources import BrightStars, Sources, find_sources
+from batchproc.imaging.trails import find_trails, on_trails
 from batchproc.records import CATALOGUE, Difference, Flag, Kernels, MaskBit
 
 __all__ = ["BrightStars", "Candidates", "Sources", "detect", "find_peaks", "find_sources"]
@@ -264,8 +271,9 @@ def _surroundings(
     """Columns that tell what is near."""
     ny, nx = mask.shape
     border = np.minimum.reduce([x + 0.5, y + 0.5, nx - 0.5 - x, ny - 0.5 - y])
+    uncovered = without_holes((mask & MaskBit.NO_DATA) != 0)
     columns = {
-        "edge_distance": np.maximum(np.minimum(border, distance_to_pixels(_uncovered(mask), x, y)), 0.0),
+        "edge_distance": np.maximum(np.minimum(border, distance_to_pixels(uncovered, x, y)), 0.0),
         "mask_distance": distance_to_pixels(mask != 0, x, y),
         "bright_distance": np.full(len(x), np.inf) if bright is None else bright.nearest(x, y),
         "ref_flux": np.full(len(x), np.nan),
@@ -278,14 +286,6 @@ def _surroundings(
     return columns
 
 
-def _uncovered(mask: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Areas without data that are an edge of the image, and not a hole: those that hold a square of 9 pixels."""
-    no_data = (mask & MaskBit.NO_DATA) != 0
-    if not no_data.any():
-        return no_data
-    return np.asarray(maximum_filter(minimum_filter(no_data, 9), 9))
-
-
 def _on_streak(
     difference: Difference, x: NDArray, y: NDArray, psf_fwhm: NDArray, elongation: NDArray, sign: NDArray
 ) -> NDArray[np.bool_]:
@@ -295,6 +295,9 @@ def _on_streak(
         if len(rows):
             image = one * difference.score_corr
             streak[rows] = on_streak(image, x[rows], y[rows], psf_fwhm[rows], elongation[rows])
+            # A trail too faint to be elongated at any one detection shows in the line-up of weak peaks.
+            fwhm = float(np.median(psf_fwhm[rows]))
+            streak[rows] |= on_trails(find_trails(image, fwhm), x[rows], y[rows], fwhm)
     return streak
 
 
@@ -317,7 +320,7 @@ def _flags(
                   positive, or new's hot pixel fits better than ref's
     HOT_PIXEL_REF ``delta_ref`` above 1, a point source excluded by 3 sigma; and the detection is negative, or ref's
                   hot pixel fits better than new's
-    STREAK        `on_streak`
+    STREAK        `on_streak`, or on one of the trails of `find_trails`
     BAD_FIT       chi-square of the ν degrees of freedom above ``ν + 6 √(2 ν) + (0.1 S/N)²``: the noise, and a PSF that
                   is wrong by a tenth (in the root mean square under the fit) must not make it
     ============  ======================================================================================================

@@ -12,7 +12,7 @@ from scipy.ndimage import label
 from scipy.signal import fftconvolve
 from scipy.spatial import cKDTree
 
-__all__ = ["delta_test", "dipole", "distance_to_pixels", "on_streak", "score_response"]
+__all__ = ["delta_test", "dipole", "distance_to_pixels", "on_streak", "score_response", "without_holes"]
 
 
 def score_response(psf: NDArray[np.float64], half: int) -> NDArray[np.float64]:
@@ -125,16 +125,15 @@ def on_streak(
     """
     if len(x) == 0:
         return np.zeros(0, bool)
-    labels, n_islands = label(score_corr > 2.0, structure=np.ones((3, 3), int))
+    significant = score_corr > 2.0
+    labels, n_islands = label(significant, structure=np.ones((3, 3), int))
     island = labels[y, x]
-    wanted = np.zeros(n_islands + 1, bool)
-    wanted[island] = True
-    wanted[0] = False
-    rows, columns = np.nonzero(wanted[labels])
+    rows, columns = np.nonzero(significant)
     member = labels[rows, columns]
+    area = np.maximum(np.bincount(member, minlength=n_islands + 1), 1)
 
     def mean(values: NDArray) -> NDArray[np.float64]:
-        return np.bincount(member, values, n_islands + 1) / np.maximum(np.bincount(member, minlength=n_islands + 1), 1)
+        return np.bincount(member, values, n_islands + 1) / area
 
     dx, dy = columns - mean(columns)[member], rows - mean(rows)[member]
     xx, yy, xy = mean(dx * dx) + 1 / 12, mean(dy * dy) + 1 / 12, mean(dx * dy)
@@ -165,3 +164,27 @@ def distance_to_pixels(bad: NDArray[np.bool_], x: ArrayLike, y: ArrayLike) -> ND
     ny, nx = bad.shape
     inside = bad[np.clip(np.rint(y).astype(int), 0, ny - 1), np.clip(np.rint(x).astype(int), 0, nx - 1)]
     return np.where(inside, 0.0, distance)
+
+
+def without_holes(no_data: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Areas without data that are an edge of the image and not a hole in it: those that hold a square of 9 pixels.
+
+    Outside the image there is no data either, so a strip along its border counts, however narrow.
+    Equivalent to ``scipy.ndimage.binary_opening(padded, np.ones((9, 9)))``, a dozen times faster.
+    """
+    if not no_data.any():
+        return no_data
+    area = np.pad(no_data, 8, constant_values=True)
+    for combine in (np.logical_and, np.logical_or):  # erosion, dilation
+        for axis in (0, 1):
+            area = _over_nine(combine, area, axis)
+    return area
+
+
+def _over_nine(combine: np.ufunc, area: NDArray[np.bool_], axis: int) -> NDArray[np.bool_]:
+    """Combine nine neighbours along an axis; the result is eight pixels shorter."""
+    one = np.moveaxis(area, axis, 0)
+    two = combine(one[:-1], one[1:])
+    four = combine(two[:-2], two[2:])
+    eight = combine(four[:-4], four[4:])
+    return np.moveaxis(combine(eight[:-1], one[8:]), 0, axis)

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import binary_opening, distance_transform_edt
 
 from batchproc.config import DetectConfig
 from batchproc.imaging.detect import detect
-from batchproc.imaging.features import dipole, distance_to_pixels, on_streak, score_response
+from batchproc.imaging.features import dipole, distance_to_pixels, on_streak, score_response, without_holes
 from batchproc.records import Flag
 from tests.imaging._planted import Scene, grid, match, plant
 from tests.imaging._psfs import gaussian
@@ -42,6 +42,23 @@ def test_distance_equals_the_distance_transform(bad, seed):
     expected = np.hypot(px[:, None] - x[bad], py[:, None] - y[bad]).min(axis=1)
     expected[bad[np.rint(py).astype(int), np.rint(px).astype(int)]] = 0
     np.testing.assert_allclose(distance_to_pixels(bad, px, py), expected)
+
+
+@few
+@given(
+    corners=st.lists(st.tuples(*[st.integers(0, 40)] * 4), max_size=4),
+    holes=st.lists(st.tuples(*[st.integers(0, 39)] * 2), max_size=4),
+)
+def test_holes_are_no_edges(corners, holes):
+    """Equal to the plain opening, with no data outside the image."""
+    no_data = np.zeros((40, 40), bool)
+    for x0, x1, y0, y1 in corners:
+        no_data[y0:y1, x0:x1] = True
+    for x, y in holes:
+        no_data[y, x] = True
+    padded = np.pad(no_data, 20, constant_values=True)
+    expected = binary_opening(padded, np.ones((9, 9)))[20:-20, 20:-20]
+    np.testing.assert_array_equal(without_holes(no_data), expected if no_data.any() else no_data)
 
 
 def test_a_lone_source_is_no_dipole_whatever_its_ring():
