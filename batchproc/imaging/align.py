@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import sep
 from numpy.typing import NDArray
+from scipy.ndimage import uniform_filter
 
 from batchproc.config import AlignConfig
 from batchproc.errors import AlignError
@@ -47,8 +48,9 @@ class Aligned:
     ----------
     ref : Exposure
         On new's grid: flux of a source as in the original (electrons of the first reference), NO_DATA where there is
-        none. A single reference keeps its sky, several joined ones have none. ``variance`` is that of each pixel by
-        itself.
+        none. A single reference keeps its sky, several joined ones have none. ``variance``, where supplied, is that of
+        white noise that does the same to a matched filter (and equals the counts again where the noise is Poisson's):
+        more than the pixels scatter by themselves, because interpolation correlates them.
     registration : Registration
         What the stars said (of the reference with the most matches); applied where significant.
     method : {"wcs", "stars"}
@@ -60,8 +62,8 @@ class Aligned:
     overlap : float
         Fraction of new that has reference data.
     noise_kept : ndarray (ny, nx) float32
-        See `Resampled`; 1 where nothing was interpolated. ``rms / sqrt(noise_kept)`` is the noise that a matched filter
-        meets, the rms of the pixels is less.
+        Local mean of that of `Resampled`; 1 where nothing was interpolated. A sky rms that is measured on the pixels of
+        ref has to be divided by its root before a matched filter may use it.
     interpolated : bool
         False where the grids are the same and ref was returned as it is.
     n_refs : int
@@ -366,13 +368,13 @@ def _resample_one(new: Exposure, placed: _Placed, config: AlignConfig) -> tuple[
     aligned = replace(
         ref,
         data=image.data,
-        variance=image.variance,
+        variance=_white_variance(image),
         mask=image.mask,
         psf=psf,
         saturation=ref.saturation * pixel_map.area,
         wcs=new.wcs,
     )
-    return aligned, image.noise_kept
+    return aligned, _local_mean(image.noise_kept)
 
 
 def _resample_several(
@@ -407,13 +409,35 @@ def _resample_several(
     aligned = replace(
         first,
         data=joined.data,
-        variance=joined.variance,
+        variance=_white_variance(joined),
         mask=joined.mask,
         psf=psf,
         saturation=saturation,
         wcs=new.exposure.wcs,
     )
-    return aligned, joined.noise_kept
+    return aligned, _local_mean(joined.noise_kept)
+
+
+def _white_variance(image: Resampled) -> NDArray[np.float32] | None:
+    """The variance of white noise that sums over many pixels cannot tell from this image's."""
+    if image.variance is None:
+        return None
+    return np.divide(image.variance, image.noise_kept, out=image.variance.copy(), where=image.noise_kept > 0)
+
+
+def _local_mean(noise_kept: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Mean of the non-zero values over some 64 pixels (in steps of 16): what a sky rms of a mesh cell contains."""
+    block = 16
+    edges = [np.arange(0, n, block) for n in noise_kept.shape]
+
+    def block_sums(plane: NDArray) -> NDArray:
+        sums = np.add.reduceat(np.add.reduceat(plane, edges[1], axis=1), edges[0], axis=0)
+        return uniform_filter(sums.astype(np.float64), 4)
+
+    total, count = block_sums(noise_kept), block_sums((noise_kept > 0).astype(np.float32))
+    mean = np.divide(total, count, out=np.ones_like(total), where=count > 1e-6).astype(np.float32)
+    full = np.repeat(np.repeat(mean, block, axis=0), block, axis=1)
+    return full[: noise_kept.shape[0], : noise_kept.shape[1]]
 
 
 def _flux_scales(new: _Field, placed: Sequence[_Placed], images: Sequence[Resampled]) -> list[float]:

@@ -18,6 +18,8 @@ __all__ = ["Registration", "Stars", "detect_stars", "match_stars", "measure_regi
 
 #: Brightest stars of each image that are compared; more add time, not accuracy, and chance matches in crowded fields.
 MAX_STARS = 1000
+#: With so many stars nothing else is looked at.
+ENOUGH_STARS = 20
 #: Median of chi-square with one degree of freedom.
 MEDIAN_CHI2 = 0.4549364
 
@@ -164,7 +166,10 @@ def detect_stars(
     bright = bright if bright.size >= 5 else np.nonzero(good)[0][:50]
     if bright.size:
         locus = np.median(half_light[bright])
-        good &= (half_light > 0.6 * locus) & (half_light < 1.6 * locus)
+        good &= half_light > 0.6 * locus
+        compact = good & (half_light < 1.6 * locus)
+        # In a field with hardly a star, galaxies are better than nothing.
+        good = compact if compact.sum() >= ENOUGH_STARS else good
     flux = found["flux"]
     sigma = np.sqrt(8 * np.pi * window**4 * rms**2 / flux**2 + 16 / 9 * window**2 / flux)
     stars = Stars(x_win, y_win, sigma, flux, 2 * half_light)

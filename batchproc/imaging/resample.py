@@ -8,6 +8,7 @@ Jacobian of the map). Where ref is finer than new the kernel is widened to new's
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numba import njit
@@ -89,6 +90,8 @@ def resample(
         xr, yr = pixel_map(x, y)
         w = lanczos((k_x - xr) / s_x) * lanczos((k_y - yr) / s_y)      # over pixels (k_x, k_y) of data
         result = (w * data).sum() / w.sum() * abs(det(pixel_map.jacobian(x, y)))
+
+    but for the small correction of `kernel_table`.
     """
     # A tenth of a per cent of widening would cost two more rows of taps and gain nothing.
     scales = [scale if scale > 1.01 else 1.0 for scale in pixel_map.scales]
@@ -144,6 +147,7 @@ def resample(
     return out
 
 
+@lru_cache(maxsize=16)
 def kernel_table(order: int, scale: float = 1.0) -> NDArray[np.float64]:
     """Lanczos weights by phase: row p, tap t weighs pixel ``k - n/2 + 1 + t`` in the value at ``x = k + p / PHASES``.
 
@@ -157,7 +161,13 @@ def kernel_table(order: int, scale: float = 1.0) -> NDArray[np.float64]:
     Returns
     -------
     ndarray (PHASES + 1, n) float64
-        n = 2 ceil(a scale); each row has unit sum.
+        n = 2 ceil(a scale); each row has unit sum. Kept for the next call: not to be written to.
+
+    Notes
+    -----
+    Lanczos weights do not reproduce a gradient: Σ w (k - x) is up to 0.02 pixels for a = 3, and a star seen through
+    them is off by that, depending on its sub-pixel place: wide stars by nearly all of it, sharp ones by little. Half of
+    it is taken out, which leaves at most 0.004 pixels (a = 3, FWHM 2.5 to 5, PSF-weighted place) instead of 0.011.
     """
     half = int(np.ceil(order * scale - 1e-9))
     taps = np.arange(-half + 1, half + 1)
@@ -166,7 +176,12 @@ def kernel_table(order: int, scale: float = 1.0) -> NDArray[np.float64]:
     if scale == 1.0:
         # On the grid the kernel is a delta function to the last bit: an identity map returns its input.
         weights[0], weights[-1] = taps == 0, taps == 1
-    return weights / weights.sum(axis=1, keepdims=True)
+    weights /= weights.sum(axis=1, keepdims=True)
+    # A window with which to add a slope; its three sums make the change one of the first moment only.
+    window = np.where(np.abs(u) < order, np.sinc(u / order), 0.0)
+    s0, s1, s2 = (np.sum(window * u**k, axis=1, keepdims=True) for k in range(3))
+    excess = 0.5 * scale * np.sum(weights * u, axis=1, keepdims=True)
+    return weights - excess * window * (u * s0 - s1) / (s0 * s2 - s1**2) / scale
 
 
 def fill_bad(data: NDArray[np.float32], bad: NDArray[np.bool_], rings: int) -> NDArray[np.float32]:
