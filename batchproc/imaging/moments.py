@@ -16,6 +16,9 @@ __all__ = ["MOMENTS", "fwhm_of", "measure_moments"]
 #: Columns of `measure_moments`.
 MOMENTS = np.dtype([(name, "f8") for name in ("x", "y", "xx", "yy", "xy", "flux")] + [("ok", "?")])
 
+#: Variance (pixels²) of the narrowest weight.
+NARROWEST = 0.7
+
 _FWHM_PER_SIGMA = 2.0 * np.sqrt(2.0 * np.log(2.0))
 
 
@@ -26,7 +29,8 @@ def measure_moments(
 
     The weight is an elliptical Gaussian whose centre and covariance M follow the source until they repeat:
     ``0 = Σ w I d`` and ``M = 2 Σ w I d dᵀ / Σ w I`` (Bernstein & Jarvis 2002, AJ 123, 583, section 3;
-    Hirata & Seljak 2003, MNRAS 343, 459). For a Gaussian source M is its covariance.
+    Hirata & Seljak 2003, MNRAS 343, 459). For a Gaussian source M is its covariance. The weight's axes are kept from
+    getting narrower than pixels can sample; a narrower source is measured under that weight.
 
     Parameters
     ----------
@@ -40,8 +44,8 @@ def measure_moments(
     Returns
     -------
     structured ndarray (n,) of dtype `MOMENTS`
-        Centre (pixels), covariance ``xx, yy, xy`` (pixels²), flux under the weight (twice ``Σ w I``, the total for a
-        Gaussian), and ``ok``: converged, within 2 FWHM of the guess, and no narrower than a pixel allows.
+        Centre (pixels), covariance ``xx, yy, xy`` (pixels²), flux from under the weight (the total for a Gaussian), and
+        ``ok``: converged, within 2 FWHM of the guess.
     """
     image = np.ascontiguousarray(data, dtype=np.float64)
     start_x, start_y = (np.atleast_1d(np.asarray(a, dtype=np.float64)) for a in (x, y))
@@ -67,11 +71,12 @@ def _moments(image, xs, ys, variance0, out):  # type: ignore[no-untyped-def]  # 
         xx, yy, xy = variance0, variance0, 0.0
         flux, ok = 0.0, False
         for _ in range(60):
-            det = xx * yy - xy * xy
-            if not (det > 0.0036 and 0.05 < xx < 900.0 and 0.05 < yy < 900.0):
+            if not (xx > 0.0 and yy > 0.0 and xx * yy > xy * xy and xx < 900.0 and yy < 900.0):
                 break
-            ixx, iyy, ixy = yy / det, xx / det, -xy / det
-            rx, ry = 4.0 * np.sqrt(xx), 4.0 * np.sqrt(yy)
+            wxx, wyy, wxy = _at_least(xx, yy, xy, NARROWEST)
+            det = wxx * wyy - wxy * wxy
+            ixx, iyy, ixy = wyy / det, wxx / det, -wxy / det
+            rx, ry = 4.0 * np.sqrt(wxx), 4.0 * np.sqrt(wyy)
             x0, x1 = max(0, int(np.ceil(x - rx))), min(nx, int(np.floor(x + rx)) + 1)
             y0, y1 = max(0, int(np.ceil(y - ry))), min(ny, int(np.floor(y + ry)) + 1)
             s0 = sx = sy = sxx = syy = sxy = 0.0
@@ -91,27 +96,51 @@ def _moments(image, xs, ys, variance0, out):  # type: ignore[no-untyped-def]  # 
             if not s0 > 0.0:
                 break
             mx, my = sx / s0, sy / s0
-            nxx = 2.0 * (sxx / s0 - mx * mx)
-            nyy = 2.0 * (syy / s0 - my * my)
-            nxy = 2.0 * (sxy / s0 - mx * my)
-            flux = 2.0 * s0
+            txx, tyy, txy = sxx / s0 - mx * mx, syy / s0 - my * my, sxy / s0 - mx * my
+            if wxx == xx and wyy == yy:
+                # Half of a wrong width survives M = 2 T, so step half as far again.
+                nxx, nyy, nxy = xx + 1.5 * (2 * txx - xx), yy + 1.5 * (2 * tyy - yy), xy + 1.5 * (2 * txy - xy)
+            else:
+                nxx, nyy, nxy = _without_weight(txx, tyy, txy, ixx, iyy, ixy)
+            nxx, nyy = min(max(nxx, 0.5 * xx), 2.0 * xx), min(max(nyy, 0.5 * yy), 2.0 * yy)
+            nxy = min(max(nxy, -0.98 * np.sqrt(nxx * nyy)), 0.98 * np.sqrt(nxx * nyy))
+            flux = s0 * np.sqrt(((xx + wxx) * (yy + wyy) - (xy + wxy) ** 2) / det)
             # The centroid under a weight of the source's own width moves half as far as the source is off.
             x += 2.0 * mx
             y += 2.0 * my
             move = abs(mx) + abs(my)
             change = (abs(nxx - xx) + abs(nyy - yy) + abs(nxy - xy)) / (xx + yy)
-            # Half of a wrong width survives each step, so step twice as far, within reason.
-            xx, yy, xy = _step(xx, nxx), _step(yy, nyy), xy + 1.5 * (nxy - xy)
-            if xy * xy >= 0.95 * xx * yy:
-                xy = nxy
+            xx, yy, xy = nxx, nyy, nxy
             if (x - xs[n]) ** 2 + (y - ys[n]) ** 2 > 4.0 * 5.545 * max(variance0, 0.5 * (xx + yy)):
                 break
-            if move < 1e-5 and change < 1e-5:
+            if move < 1e-5 and (change < 1e-5 or xx + yy < 1e-3):
                 ok = True
                 break
         out[n, 0], out[n, 1], out[n, 2], out[n, 3], out[n, 4], out[n, 5], out[n, 6] = x, y, xx, yy, xy, flux, ok
 
 
 @njit(cache=True)
-def _step(old, new):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    return min(max(old + 1.5 * (new - old), 0.5 * old), 2.0 * old)
+def _at_least(xx, yy, xy, least):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """The covariance with its axes no shorter than a variance."""
+    mean, half = 0.5 * (xx + yy), 0.5 * (xx - yy)
+    radius = np.sqrt(half * half + xy * xy)
+    if mean - radius >= least:
+        return xx, yy, xy
+    if mean + radius <= least or radius == 0.0:
+        return max(mean + radius, least), max(mean + radius, least), 0.0
+    new_mean, new_radius = 0.5 * (mean + radius + least), 0.5 * (mean + radius - least)
+    factor = new_radius / radius
+    return new_mean + factor * half, new_mean - factor * half, factor * xy
+
+
+@njit(cache=True)
+def _without_weight(txx, tyy, txy, ixx, iyy, ixy):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Covariance C of a Gaussian whose moments under the weight W are T: ``C⁻¹ = T⁻¹ − W⁻¹``."""
+    det = txx * tyy - txy * txy
+    if det <= 1e-12:
+        return txx, tyy, txy
+    cxx, cyy, cxy = tyy / det - ixx, txx / det - iyy, -txy / det - ixy
+    det = cxx * cyy - cxy * cxy
+    if cxx <= 0.0 or cyy <= 0.0 or det <= 1e-6:
+        return 2.0 * txx, 2.0 * tyy, 2.0 * txy
+    return cyy / det, cxx / det, -cxy / det

@@ -221,7 +221,7 @@ def _without_outliers(stars: StarStamps, config: PsfConfig) -> StarStamps:
     return stars.take(np.flatnonzero(good))
 
 
-def _update_model(draft: _Draft, stars: StarStamps, n_iter: int = 8) -> _Draft:
+def _update_model(draft: _Draft, stars: StarStamps, n_iter: int = 5) -> _Draft:
     """Pixel planes from the stars' residuals."""
     pixels, matrix = draft.stamps(stars)
     taper = edge_taper(stars.size)
@@ -267,7 +267,7 @@ def _best_degree(draft: _Draft, stars: StarStamps, config: PsfConfig) -> int:
             break
         score = np.empty(n)
         for half, other in (halves, halves[::-1]):
-            trained = _update_model(_with_degree(draft, degree), stars.take(half), n_iter=5)
+            trained = _update_model(_with_degree(draft, degree), stars.take(half), n_iter=4)
             test = stars.take(other)
             score[other] = refine(
                 test, *trained.stamps(test), trained.profile.beta, edge_taper(stars.size), n_iter=2

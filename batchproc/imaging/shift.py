@@ -48,7 +48,7 @@ def taps(d):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     return weight / total
 
 
-@njit(cache=True)
+@njit(cache=True, fastmath=True)
 def transform(stamp, tx, ty, out, work):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """``out[j, i] = Σ tx[a] ty[b] stamp[j - b + 6, i - a + 6]``. With the taps reversed it is its own transpose."""
     ny, nx = stamp.shape

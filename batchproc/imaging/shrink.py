@@ -9,10 +9,11 @@ from scipy import ndimage
 __all__ = ["shrink"]
 
 _SPLINE = np.array([1, 4, 6, 4, 1]) / 16
+_SCALES = 5
 
 
-def shrink(values: NDArray[np.float64], noise: NDArray[np.float64], n_scales: int = 4) -> NDArray[np.float64]:
-    """Shrink the wavelet coefficients of a map by how little they stand out of the noise.
+def shrink(values: NDArray[np.float64], noise: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Keep of a map what stands out of its noise: pixel by pixel where it can, smoothed where it must.
 
     Parameters
     ----------
@@ -24,32 +25,38 @@ def shrink(values: NDArray[np.float64], noise: NDArray[np.float64], n_scales: in
     Returns
     -------
     ndarray (n, n)
-        À-trous wavelets with a B3 spline (Starck & Murtagh 1994, A&A 288, 342); each coefficient times
-        ``max(0, 1 − 1.5 σ² / <w²>)``, the mean taken over its neighbourhood.
 
     Notes
     -----
+    The pixels are kept times ``max(0, 1 − 3 σ² / <v²>)``, the mean taken over the neighbourhood (James & Stein's
+    rule); what they leave is smoothed (B3 spline) and treated alike, and so on up the scales. Going up from the
+    pixels, and not by wavelets, the strong core is gone before the wings are smoothed, and does not ring in them.
+
     Neighbouring errors are correlated in resampled images, which makes the larger scales noisier than counted. The
-    outer part of the map, where there is hardly any signal, tells by how much.
+    outer part of the map tells by how much, at scales too small for a signal there.
     """
     half = (len(values) - 1) / 2
     axis = np.arange(len(values)) - half
     outer = np.hypot(axis[:, None], axis[None, :]) > 0.75 * half
-    out = np.zeros_like(values)
-    unit = _unit_noise(values.shape[0], n_scales)
-    smooth = values
-    for scale in range(n_scales + 1):
-        if scale < n_scales:
-            coarse = _smooth(smooth, scale)
-            detail, smooth = smooth - coarse, coarse
-        else:
-            detail = smooth
-        sigma = noise * unit[scale]
-        excess = np.median(np.abs(detail[outer]) / sigma[outer]) / 0.6745
-        sigma = sigma * max(1.0, float(excess))
-        power = ndimage.gaussian_filter(detail**2, 2.0**scale, mode="nearest")
-        out += detail * np.maximum(0.0, 1 - 1.5 * sigma**2 / np.maximum(power, 1e-300))
-    return out
+    kept = np.zeros_like(values)
+    point = np.zeros((127, 127))
+    point[63, 63] = 1.0
+    excess = 1.0
+    left = values
+    for scale in range(_SCALES):
+        smooth = left
+        for k in range(scale):
+            smooth = _smooth(smooth, k)
+        sigma = noise * np.sqrt(np.sum(point**2))
+        if scale <= 2:
+            ratio = smooth[outer] / sigma[outer]
+            excess = max(excess, 1.4826 * float(np.median(np.abs(ratio - np.median(ratio)))))
+        power = ndimage.gaussian_filter(smooth**2, 2.0**scale, mode="nearest")
+        part = smooth * np.maximum(0.0, 1 - 3 * (excess * sigma) ** 2 / np.maximum(power, 1e-300))
+        kept += part
+        left = left - part
+        point = _smooth(point, scale)
+    return kept
 
 
 def _smooth(values: NDArray[np.float64], scale: int) -> NDArray[np.float64]:
@@ -57,15 +64,3 @@ def _smooth(values: NDArray[np.float64], scale: int) -> NDArray[np.float64]:
     kernel[:: 2**scale] = _SPLINE
     rows = ndimage.correlate1d(values, kernel, axis=0, mode="constant")
     return ndimage.correlate1d(rows, kernel, axis=1, mode="constant")  # type: ignore[no-any-return]
-
-
-def _unit_noise(size: int, n_scales: int) -> list[float]:
-    """Noise of the coefficients at each scale for unit white noise."""
-    point = np.zeros((127, 127))
-    point[63, 63] = 1.0
-    norms = []
-    for scale in range(n_scales):
-        coarse = _smooth(point, scale)
-        norms.append(float(np.sqrt(np.sum((point - coarse) ** 2))))
-        point = coarse
-    return [*norms, float(np.sqrt(np.sum(point**2)))]
