@@ -1,0 +1,360 @@
+"""The story, in one process: an image and its reference in, candidates, stamps and a receipt out.
+
+    read → align → background → psf → photometry → subtract → detect → cutouts
+
+No Dask, no argument parsing, no writing of files. Every other module is a detail of this one.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import binary_dilation, center_of_mass, label
+
+from batchproc.config import Config
+from batchproc.errors import ExposureError, PsfError
+from batchproc.imaging.align import Aligned, align
+from batchproc.imaging.background import Background, measure_background
+from batchproc.imaging.cutouts import cut, round_to_noise
+from batchproc.imaging.detect import Candidates, detect
+from batchproc.imaging.photometry import FluxRatio, measure_flux_ratio, psf_flux, source_variance
+from batchproc.imaging.psf import fit_psf
+from batchproc.imaging.sources import BrightStars, find_sources
+from batchproc.imaging.stars import find_stars
+from batchproc.imaging.subtract import subtract
+from batchproc.io.images import read_new, read_refs
+from batchproc.records import CATALOGUE, Difference, Exposure, ManifestEntry, MaskBit, PsfLike, Receipt
+
+__all__ = ["ImageResult", "process_image"]
+
+
+@dataclass(frozen=True)
+class ImageResult:
+    """What comes out of one image.
+
+    Attributes
+    ----------
+    catalogue : dict of ndarray
+        One array a column of `CATALOGUE`, one row a candidate; ``stamp_index`` counts from 0.
+    stamps : ndarray (n, 3, size, size) float32
+        new, ref, difference: background-subtracted, in the file units of new; NaN where there is no data.
+    receipt : Receipt
+    difference : Difference
+    new, ref : ndarray (ny, nx) float32
+        Background-subtracted, electrons, on the grid of new; ref is not scaled to new.
+    """
+
+    catalogue: dict[str, NDArray]
+    stamps: NDArray[np.float32]
+    receipt: Receipt
+    difference: Difference
+    new: NDArray[np.float32]
+    ref: NDArray[np.float32]
+
+
+def process_image(entry: ManifestEntry, config: Config | None = None) -> ImageResult:
+    """Find what changed between one image and its reference.
+
+    Parameters
+    ----------
+    entry : ManifestEntry
+        One row of a manifest.
+    config : Config, optional
+
+    Returns
+    -------
+    ImageResult
+
+    Raises
+    ------
+    ExposureError
+        A foreseen failure: which file, what was found, what was expected, what to do. Its ``metadata`` has the numbers.
+    """
+    config = config or Config()
+    clock = Clock()
+    with clock("read"):
+        new = read_new(entry)
+        refs = read_refs(entry)
+    with clock("align"):
+        aligned = align(new, refs, config.align)
+    return subtract_exposures(new, aligned, config, image_id=entry.image_id, clock=clock)
+
+
+def subtract_exposures(
+    new: Exposure, aligned: Aligned, config: Config, *, image_id: str, clock: Clock | None = None
+) -> ImageResult:
+    """The flow from two exposures on one grid; `process_image` is this after reading and aligning."""
+    clock = clock or Clock()
+    with clock("background"):
+        sky = measure_background(new.data, new.mask != 0, config.background)
+        sky_ref = measure_background(aligned.ref.data, aligned.ref.mask != 0, config.background)
+        # Interpolated noise is correlated: a matched filter meets more of it than the rms of single pixels tells.
+        rms_ref = sky_ref.rms / np.sqrt(aligned.noise_kept)
+        image = _without_sky(new, sky)
+        reference = _without_sky(aligned.ref, sky_ref)
+    with clock("psf"):
+        psf, psf_quality = _psf_of(new, image, sky, config, "new")
+        psf_ref, psf_ref_quality = _psf_of(aligned.ref, reference, sky_ref, config, "ref")
+    with clock("photometry"):
+        variance = _total_variance(new, image, sky.rms, psf)
+        variance_ref = _total_variance(aligned.ref, reference, rms_ref, psf_ref)
+        ratio = _flux_ratio(new, aligned.ref, image, reference, variance, variance_ref, psf, psf_ref, sky, config)
+    with clock("subtract"):
+        subtraction = subtract(
+            image,
+            reference,
+            psf,
+            psf_ref,
+            rms_new=sky.rms,
+            rms_ref=rms_ref,
+            flux_ratio=ratio.value,
+            variance_new=variance if config.subtract.source_noise else None,
+            variance_ref=variance_ref if config.subtract.source_noise else None,
+            mask_new=grow_saturated(new.mask, psf.fwhm),
+            mask_ref=grow_saturated(aligned.ref.mask, psf_ref.fwhm),
+            registration_sigma=(aligned.rms_x, aligned.rms_y),
+            flux_ratio_error=ratio.error / ratio.value,
+            tile=config.subtract.tile,
+            renormalise=config.subtract.renormalise,
+            star_residuals=config.subtract.star_residuals,
+        )
+    with clock("detect"):
+        candidates = detect(
+            subtraction.difference,
+            sources=find_sources(reference, sky_ref.rms, aligned.ref.mask),
+            bright=saturated_stars(subtraction.difference.mask, max(psf.fwhm, psf_ref.fwhm)),
+            config=config.detect,
+        )
+    with clock("cutouts"):
+        stamps = _stamps(image, reference, ratio.value, subtraction.difference, candidates, new, config)
+    catalogue = _catalogue(candidates, new, psf, psf_ref, ratio, image_id)
+    quality = {
+        "shape": list(new.shape),
+        "align_method": aligned.method,
+        "n_matches": aligned.n_matches,
+        "registration_rms_x": aligned.rms_x,
+        "registration_rms_y": aligned.rms_y,
+        "sky_new": sky.global_level / new.gain,
+        "sigma_new": sky.global_rms / new.gain,
+        "sigma_ref": sky_ref.global_rms * ratio.value / new.gain,
+        **{f"{key}_new": value for key, value in psf_quality.items()},
+        **{f"{key}_ref": value for key, value in psf_ref_quality.items()},
+        "flux_ratio": ratio.value,
+        "flux_ratio_error": ratio.error,
+        "flux_ratio_scatter": ratio.scatter,
+        "n_flux_ratio_stars": ratio.n_stars,
+        "f_s": subtraction.difference.kernels_at(new.shape[1] / 2, new.shape[0] / 2).f_s,
+        "renormalisation": subtraction.renormalisation,
+        "residual_amplitude": subtraction.residuals.amplitude,
+        "residual_shift": subtraction.residuals.shift,
+        "n_residual_stars": subtraction.residuals.n_stars,
+        "n_tiles": subtraction.n_tiles,
+        "masked_fraction": float(np.mean(subtraction.difference.mask != 0)),
+        "zero_point": new.zero_point,
+        "assumed": list(new.meta.get("assumed", ())),
+        "scorr_hist": subtraction.histogram.tolist(),
+    }
+    receipt = clock.receipt(image_id, n_candidates=len(stamps), quality=quality)
+    return ImageResult(catalogue, stamps, receipt, subtraction.difference, image, reference)
+
+
+class Clock:
+    """Seconds of each step, and the stage that a failure happened in."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._cpu = time.process_time()
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        """Time a step; a foreseen failure inside leaves with the seconds so far in its metadata."""
+        start = time.perf_counter()
+        try:
+            yield
+        except ExposureError as error:
+            error.metadata.setdefault("step", step)
+            raise
+        finally:
+            self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+
+    def receipt(self, image_id: str, *, n_candidates: int, quality: Mapping[str, Any]) -> Receipt:
+        """The receipt of a finished image."""
+        return Receipt(
+            image_id=image_id,
+            status="done",
+            n_candidates=n_candidates,
+            seconds=dict(self.seconds),
+            cpu_seconds=time.process_time() - self._cpu,
+            peak_memory_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            quality=dict(quality),
+        )
+
+
+def grow_saturated(mask: NDArray[np.uint8], fwhm: float) -> NDArray[np.uint8]:
+    """The mask with saturated pixels widened by half a FWHM: charge has spilled over there, and no PSF describes it."""
+    saturated = (mask & MaskBit.SATURATED) != 0
+    if not saturated.any():
+        return mask
+    radius = max(1, round(fwhm / 2))
+    y, x = np.ogrid[-radius : radius + 1, -radius : radius + 1]
+    grown = binary_dilation(saturated, structure=x**2 + y**2 <= radius**2)
+    return mask | np.where(grown, np.uint8(MaskBit.SATURATED), np.uint8(0))
+
+
+def saturated_stars(mask: NDArray[np.uint8], fwhm: float) -> BrightStars:
+    """Where saturated stars are, and how far their residuals reach: two FWHM beyond three radii of what is saturated."""
+    blobs, n = label((mask & MaskBit.SATURATED) != 0)
+    if n == 0:
+        return BrightStars(np.zeros(0), np.zeros(0), np.zeros(0))
+    y, x = np.array(center_of_mass(blobs > 0, blobs, np.arange(1, n + 1))).T
+    radius = np.sqrt(np.bincount(blobs.ravel())[1:] / np.pi)
+    return BrightStars(x, y, 3 * radius + 2 * fwhm)
+
+
+def _without_sky(exposure: Exposure, sky: Background) -> NDArray[np.float32]:
+    return np.where(exposure.mask & MaskBit.NO_DATA, 0, exposure.data - sky.level).astype(np.float32)
+
+
+def _psf_of(
+    exposure: Exposure, data: NDArray, sky: Background, config: Config, which: str
+) -> tuple[PsfLike, dict[str, Any]]:
+    """The PSF that was supplied, or the one that the image's stars give."""
+    if exposure.psf is not None:
+        return exposure.psf, {"fwhm": exposure.psf.fwhm, "psf": "given", "n_psf_stars": 0}
+    try:
+        model = fit_psf(
+            data, None, exposure.mask, rms=sky.rms, saturation=exposure.saturation - sky.global_level, config=config.psf
+        )
+    except PsfError as error:
+        raise PsfError(f"{which} ({exposure.meta.get('path', '?')}): {error}", image=which, **error.metadata) from None
+    quality = {f"psf_{key}": value for key, value in model.quality.items()}
+    return model, {"fwhm": model.fwhm, "psf": "measured", "n_psf_stars": model.n_stars, **quality}
+
+
+def _total_variance(exposure: Exposure, data: NDArray, rms: NDArray, psf: PsfLike) -> NDArray[np.float32]:
+    """Variance of each pixel in electrons²: the measured sky noise, and the photon noise of sources.
+
+    The sources' part comes from the survey's variance plane where that counts them (what it has above its level on
+    blank sky), else from a smoothed model of the image itself.
+    """
+    sky_variance = np.square(rms).astype(np.float32)
+    if exposure.variance is None or not exposure.meta.get("variance_has_sources", True):
+        return source_variance(data, sky_variance, psf)
+    blank = (exposure.mask == 0) & (data < rms)
+    level = float(np.median(exposure.variance[blank])) if blank.any() else 0.0
+    return sky_variance + np.maximum(exposure.variance - level, 0).astype(np.float32)
+
+
+def _flux_ratio(
+    new: Exposure,
+    ref: Exposure,
+    image: NDArray,
+    reference: NDArray,
+    variance: NDArray,
+    variance_ref: NDArray,
+    psf: PsfLike,
+    psf_ref: PsfLike,
+    sky: Background,
+    config: Config,
+) -> FluxRatio:
+    """F_new / F_ref from PSF fluxes of the same stars in both images, at positions measured on new."""
+    stars = find_stars(image, sky.rms, new.mask, saturation=new.saturation - sky.global_level, config=config.psf).table
+    flux, error, _, good = psf_flux(image, variance, new.mask, stars["x"], stars["y"], psf)
+    flux_ref, error_ref, _, good_ref = psf_flux(reference, variance_ref, ref.mask, stars["x"], stars["y"], psf_ref)
+    both = good & good_ref
+    return measure_flux_ratio(flux[both], error[both], flux_ref[both], error_ref[both])
+
+
+def _stamps(
+    image: NDArray,
+    reference: NDArray,
+    ratio: float,
+    difference: Difference,
+    found: Candidates,
+    new: Exposure,
+    config: Config,
+) -> NDArray[np.float32]:
+    """Triplets in the file units of new, rounded to a fraction of each image's noise."""
+    stamps = cut(
+        image,
+        reference * np.float32(ratio),
+        difference_flux(difference),
+        found["x"],
+        found["y"],
+        config.cutouts.size,
+        no_data=(difference.mask & MaskBit.NO_DATA) != 0,
+    )
+    stamps /= np.float32(new.gain)
+    sigma = np.column_stack([found["sigma_new"], found["sigma_ref"] * ratio, 1 / found.f_d]) / new.gain
+    return round_to_noise(stamps, sigma, config.cutouts.noise_fraction)
+
+
+def difference_flux(difference: Difference) -> NDArray[np.float32]:
+    """D / F_D: the difference image in the units of new (electrons), continuous across tiles."""
+    image = np.empty(difference.difference.shape, np.float32)
+    for k in difference.kernels:
+        own = np.s_[k.y0 : k.y1, k.x0 : k.x1]
+        image[own] = difference.difference[own] / k.f_d
+    return image
+
+
+def _catalogue(
+    found: Candidates,
+    new: Exposure,
+    psf: PsfLike,
+    psf_ref: PsfLike,
+    ratio: FluxRatio,
+    image_id: str,
+) -> dict[str, NDArray]:
+    """Every column of `CATALOGUE`: what detection measured, in file units, with identity, place and magnitude."""
+    columns = dict(found.columns)
+    n = len(columns["x"])
+    for name in ("flux", "flux_err", "aper_flux", "aper_flux_err"):
+        columns[name] = columns[name] / new.gain
+    columns["ref_flux"] = columns["ref_flux"] * ratio.value / new.gain
+    x, y = columns["x"], columns["y"]
+    columns["candidate_id"] = np.array(
+        [candidate_id(image_id, *position) for position in zip(x, y, columns["scorr"], strict=True)], dtype=object
+    )
+    columns["ra"], columns["dec"] = sky_position(new.wcs, x, y)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        columns["mag"] = new.zero_point - 2.5 * np.log10(np.abs(columns["flux"]))
+        columns["mag_err"] = 2.5 / np.log(10) * np.abs(columns["flux_err"] / columns["flux"])
+        columns["ref_mag"] = new.zero_point - 2.5 * np.log10(columns["ref_flux"])
+    columns["sigma_new"] = columns["sigma_new"] / new.gain
+    columns["sigma_ref"] = columns["sigma_ref"] * ratio.value / new.gain
+    columns["stamp_index"] = np.arange(n)
+    constants = {
+        "image_id": image_id,
+        "mjd": new.meta.get("mjd", np.nan),
+        "filter": new.meta.get("filter") or "",
+        "survey": new.meta.get("survey") or "",
+        "exposure_id": new.meta.get("exposure_id") or "",
+        "ccd": new.meta.get("ccd") or "",
+        "fwhm_new": psf.fwhm,
+        "fwhm_ref": psf_ref.fwhm,
+        "zero_point": new.zero_point,
+    }
+    for name, value in constants.items():
+        columns[name] = np.full(n, value, dtype=object if isinstance(value, str) else np.float64)
+    return {c.name: np.asarray(columns[c.name]).astype(object if c.dtype == "str" else c.dtype) for c in CATALOGUE}
+
+
+def candidate_id(image_id: str, x: float, y: float, scorr: float) -> str:
+    """A name made of image, sign and position (to 0.1 pixel), so that a rerun gives the same one."""
+    return f"{image_id}_{'p' if scorr > 0 else 'n'}{max(x, 0):07.1f}_{max(y, 0):07.1f}"
+
+
+def sky_position(wcs: Any, x: NDArray, y: NDArray) -> tuple[NDArray, NDArray]:
+    """ICRS right ascension and declination in degrees; NaN without a WCS."""
+    if wcs is None or len(x) == 0:
+        return np.full(len(x), np.nan), np.full(len(x), np.nan)
+    sky = wcs.pixel_to_world(x, y).icrs
+    return np.asarray(sky.ra.deg), np.asarray(sky.dec.deg)
