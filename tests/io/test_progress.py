@@ -1,0 +1,173 @@
+"""What a rerun trusts: markers, and the log of the driver; both survive a kill at any moment."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from batchproc.config import Config
+from batchproc.errors import RunMismatchError, UsageError
+from batchproc.io import atomic
+from batchproc.io.progress import (
+    ReceiptLog,
+    done_images,
+    finished_images,
+    gather,
+    iter_receipts,
+    mark_done,
+    read_status,
+)
+from batchproc.io.run_folder import RunFolder
+from batchproc.records import Receipt
+from tests import _runs
+
+DONE = Receipt("a", "done", 3, {"read": 0.25}, 1.5, 200.0, {"fwhm_new": np.float32(2.5), "shape": [4, 5]})
+FAILED = Receipt("b", "failed", stage="align", error="AlignError", message="2 of 8", metadata={"found": 2})
+BUG = Receipt("c", "bug", stage="subtract", error="KeyError", message="'x'", traceback="Traceback …")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return _runs.begin(tmp_path / "run", "a", "b", "c", "d")
+
+
+def log(folder, *receipts):
+    with ReceiptLog(folder) as log:
+        for receipt in receipts:
+            if receipt.status == "done":
+                mark_done(folder, receipt, "digest")
+            log.add(receipt)
+
+
+def test_receipts_come_back(folder):
+    """Seconds, numbers and tracebacks survive the way to the disk, gathered or not."""
+    log(folder, DONE, FAILED, BUG)
+    before = list(iter_receipts(folder))
+    gather(folder)
+    assert not list(folder.log.iterdir())
+    assert list(iter_receipts(folder.path)) == before == [DONE, FAILED, BUG]
+
+
+def test_failures_are_a_table(folder):
+    """failures.parquet has a row a failure: image, stage, type, message, file, numbers; receipts.parquet has all."""
+    log(folder, DONE, FAILED, BUG)
+    gather(folder)
+    failures = pd.read_parquet(folder.failures)
+    assert failures["image_id"].tolist() == ["b", "c"]
+    assert failures["path"].tolist() == ["/nights/b.fits", "/nights/c.fits"]
+    assert failures["message"][0] == "2 of 8"
+    assert json.loads(failures["metadata"][0]) == {"found": 2}
+    assert pd.read_parquet(folder.receipts)["status"].tolist() == ["done", "failed", "bug"]
+
+
+def test_tables_are_there_from_the_beginning(folder):
+    """A run without any failure has an empty failures.parquet with all its columns."""
+    gather(folder)
+    assert "message" in pd.read_parquet(folder.failures)
+    assert len(pd.read_parquet(folder.receipts)) == 0
+
+
+def test_the_newest_word_on_an_image_counts(folder):
+    """A failure that a retry repairs leaves the table of failures; one that stays keeps its newest message."""
+    log(folder, FAILED, BUG)
+    gather(folder)
+    log(folder, replace(DONE, image_id="b"), replace(BUG, message="again"))
+    gather(folder)
+    assert finished_images(folder) == {"b": "done", "c": "bug"}
+    assert pd.read_parquet(folder.failures)["message"].tolist() == ["again"]
+
+
+def test_a_marker_that_the_log_missed_is_found(folder):
+    """The driver was killed between a task's marker and its own log: the receipt is in the marker."""
+    log(folder, FAILED)
+    mark_done(folder, DONE, "digest")
+    mark_done(folder, replace(DONE, image_id="b"), "digest")
+    assert done_images(folder, ["a", "b", "c"]) == {"a", "b"}
+    assert finished_images(folder) == {"a": "done", "b": "done"}
+    gather(folder)
+    assert [receipt.quality["fwhm_new"] for receipt in iter_receipts(folder)] == [2.5, 2.5]
+
+
+def test_without_its_marker_nothing_is_done(folder):
+    """Removing a marker is how one asks for an image again, whatever the log says."""
+    log(folder, DONE, FAILED)
+    folder.marker("a").unlink()
+    assert finished_images(folder) == {"b": "failed"}
+
+
+def test_status_counts(folder):
+    """Done, failed, bugs and missing add up to the manifest; errors are grouped."""
+    log(folder, DONE, FAILED, BUG)
+    status = read_status(folder)
+    assert (status.total, status.done, status.failed, status.bugs, status.missing) == (4, 1, 1, 1, 1)
+    assert status.n_candidates == 3
+    assert status.errors == {"align: AlignError": 1, "subtract: KeyError": 1}
+
+
+def test_a_long_log_is_gathered_on_the_way(folder, monkeypatch):
+    """However long a campaign, the log is a bounded number of files."""
+    monkeypatch.setattr("batchproc.io.progress._MOST_PARTS", 3)
+    with ReceiptLog(folder, rows=1) as parts:
+        for i in range(10):
+            parts.add(replace(FAILED, message=str(i)))
+            assert len(list(folder.log.iterdir())) < 3
+    assert [receipt.message for receipt in iter_receipts(folder)] == ["9"]
+
+
+def test_strange_names_are_told_apart():
+    """Ids that differ have names that differ, whatever characters they are made of."""
+    ids = ["a", "a/b", "a%2Fb", ".", "..", ".tmp-x", "ä", "x" * 300, "x" * 301, "~~"]
+    names = [atomic.part_name(image_id) for image_id in ids]
+    assert len(set(names)) == len(ids)
+    assert all(not name.startswith(".") and "/" not in name and len(name.encode()) < 200 for name in names)
+
+
+def test_other_settings_or_images_are_refused_with_the_difference(folder):
+    """A run goes on only with what it began with; the message names what changed and what to do."""
+    images = _runs.entries("a", "b", "c", "d")
+    folder.freeze(images[::-1], replace(_runs.CONFIG, threads=4), lambda: pytest.fail("measured again"))
+    with pytest.raises(RunMismatchError, match=r"detect\.threshold was 5\.0, now 6\.0.*another --out"):
+        folder.freeze(images, Config.from_dict({**_runs.CONFIG.to_dict(), "detect": {"threshold": 6.0}}), str)
+    other = [replace(images[0], gain=2.0), *images[1:3], replace(images[3], image_id="e")]
+    with pytest.raises(RunMismatchError, match=r"a: gain was None, now 2\.0; d is gone; e is new"):
+        folder.freeze(other, _runs.CONFIG, str)
+
+
+def test_a_folder_with_other_things_in_it_is_refused(tmp_path):
+    """Nothing is written among a user's own files."""
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UsageError, match=r"thesis\.tex"):
+        _runs.begin(tmp_path, "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_freeze_that_was_killed_is_begun_again(tmp_path):
+    """Without run.json nothing was frozen, whatever else lies there."""
+
+    def killed():
+        raise KeyboardInterrupt
+
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        folder.freeze(_runs.entries("a"), _runs.CONFIG, killed)
+    _runs.begin(folder.path, "b")
+    assert folder.image_ids() == ["b"]
+
+
+def test_one_driver_at_a_time(folder):
+    """A second driver is refused, told who works there; leftovers of killed tasks are gone."""
+    (folder.catalogue / ".tmp-123-a.parquet").touch()
+    (folder.stamps / ".tmp-123-a.zarr").mkdir()
+    with (
+        folder.locked(),
+        pytest.raises(UsageError, match=r"another batchproc works on this run \(process"),
+        folder.locked(),
+    ):
+        pass
+    assert not list(folder.catalogue.iterdir()) + list(folder.stamps.iterdir())
+    with folder.locked():
+        pass
