@@ -135,12 +135,12 @@ def test_an_image_without_stars_is_a_clear_error(tmp_path, entry, files):
     assert failure.value.metadata["found"] < failure.value.metadata["needed"]
 
 
-@pytest.mark.parametrize("changes", [{"detect": {"threshold": 8.0}}, {"cutouts": {"size": 31}}])
+@pytest.mark.parametrize("changes", [{"detect": {"threshold": 15.0}}, {"cutouts": {"size": 31}}])
 def test_settings_do_what_they_say(entry, result, changes):
     """A higher threshold keeps fewer candidates; another stamp size gives other stamps."""
     other = process_image(entry, Config.from_dict(changes))
     if "detect" in changes:
-        assert np.abs(other.catalogue["scorr"]).min() >= 8
+        assert np.abs(other.catalogue["scorr"]).min() >= 15
         assert len(other.catalogue["x"]) < len(result.catalogue["x"])
     else:
         assert other.stamps.shape[2:] == (31, 31)
