@@ -90,7 +90,7 @@ def _mesh(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Level and noise by SEP's mesh over the good pixels."""
     ny, nx = image.shape
-    # Cells that divide the image evenly: a sliver of a cell at the far edge would be noisy, and misplaced in SEP's spline.
+    # Cells that divide the image evenly: a sliver of a cell at the far edge would be noisy, and misplaced by SEP.
     height, width = (-(-n // max(1, round(n / config.mesh_size))) for n in (ny, nx))
     filled, ignore = _speak_for_masked(image, bad, height, width)
     if ignore.all():

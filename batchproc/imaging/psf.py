@@ -133,9 +133,7 @@ def _stamp_size(found: Stars, config: PsfConfig) -> int:
     return int(np.clip(2 * round(config.size_fwhm * width / 2) + 1, 15, 81))
 
 
-def _photons_per_electron(
-    stars: StarStamps, variance: NDArray[np.floating] | None, rms: NDArray[np.floating]
-) -> float:
+def _photons_per_electron(stars: StarStamps, variance: NDArray[np.floating] | None, rms: NDArray[np.floating]) -> float:
     """Variance that a source adds, per electron: 1 for Poisson counts, less in a mean of exposures."""
     if variance is None:
         return 1.0
@@ -181,7 +179,9 @@ def _fit_profile(profile: EllipticalProfile, frame: Frame, stars: StarStamps) ->
         fitted = refine(bright, *draft.stamps(bright), draft.profile.beta, edge_taper(stars.size), n_iter=2)
         return float(np.mean(np.minimum(fitted.chi2, 10 * np.median(fitted.chi2))))
 
-    best = optimize.minimize_scalar(misfit, bounds=(np.log(0.4), np.log(20.0)), method="bounded", options={"xatol": 0.1})
+    best = optimize.minimize_scalar(
+        misfit, bounds=(np.log(0.4), np.log(20.0)), method="bounded", options={"xatol": 0.1}
+    )
     draft = draft_for(float(best.x))
     return draft, stars
 

@@ -159,9 +159,7 @@ def refine(
     scale = _scale(pixels, matrix, table, taper)
     fit = np.stack([stars.flux, stars.dx, stars.dy, stars.sky], axis=-1)
     scores = np.zeros((len(fit), 3))
-    _refine(
-        stars.data, stars.good, pixels, matrix, table, taper, scale, stars.rms, stars.photons, n_iter, fit, scores
-    )
+    _refine(stars.data, stars.good, pixels, matrix, table, taper, scale, stars.rms, stars.photons, n_iter, fit, scores)
     return replace(
         stars,
         flux=fit[:, 0],

@@ -1,0 +1,276 @@
+"""Fluxes: of stars through the PSF and through circles, one image relative to another, and the noise they bring.
+
+Images are background-subtracted; positions are 0-based pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import sep
+from numba import njit
+from numpy.typing import NDArray
+from scipy import ndimage, optimize
+
+from batchproc.imaging.shift import taps, transform
+from batchproc.records import PsfLike
+
+__all__ = ["FluxRatio", "aperture_flux", "measure_flux_ratio", "psf_flux", "source_variance"]
+
+_Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class FluxRatio:
+    """Flux of the same stars in one image over that in another.
+
+    Attributes
+    ----------
+    value : float
+        F_new / F_ref.
+    error : float
+        Its 1-sigma error, absolute.
+    scatter : float
+        Relative scatter of single stars about it, beyond their photon noise (model errors, weak variables).
+    n_stars : int
+        Stars that took part; 0 where no ratio could be measured (``value`` and ``error`` are NaN then).
+    """
+
+    value: float
+    error: float
+    scatter: float
+    n_stars: int
+
+
+def psf_flux(
+    data: NDArray[np.floating],
+    variance: NDArray[np.floating],
+    mask: NDArray[np.integer] | None,
+    x: NDArray[np.floating],
+    y: NDArray[np.floating],
+    psf: PsfLike,
+) -> tuple[_Array, _Array, _Array, NDArray[np.bool_]]:
+    """PSF flux at given positions.
+
+    Parameters
+    ----------
+    data : ndarray (ny, nx)
+        Background-subtracted image.
+    variance : ndarray (ny, nx)
+        Total variance of a pixel, sources included, in the units of `data` squared.
+    mask : ndarray (ny, nx) or None
+        Non-zero is bad; bad pixels take no part.
+    x, y : ndarray (n,)
+        Positions in pixels.
+    psf : PsfLike
+
+    Returns
+    -------
+    flux, flux_err : ndarray (n,) float64
+        Σ P D / Σ P² over the pixels within 2 FWHM, and its 1-sigma error from `variance`; NaN where not `ok`. Weighted
+        by the PSF alone, as S of ZOGY is, so that the noise in `variance` does not bias it (15 % more error at worst,
+        for stars far above the sky).
+    chi2 : ndarray (n,) float64
+        Reduced chi-square of the fit over the pixels within one FWHM.
+    ok : ndarray (n,) bool
+        Centre inside the image and at least 80 % of the weight (Σ P²) on good pixels.
+    """
+    image = np.ascontiguousarray(data, dtype=np.float64)
+    noise = np.ascontiguousarray(variance, dtype=np.float64)
+    good = np.isfinite(image) & np.isfinite(noise)
+    if mask is not None:
+        good &= np.asarray(mask) == 0
+    xs, ys = (np.atleast_1d(np.asarray(a, dtype=np.float64)) for a in (x, y))
+    results = np.full((xs.size, 4), np.nan)
+    results[:, 3] = 0
+    ny, nx = image.shape
+    inside = (xs > -0.5) & (xs < nx - 0.5) & (ys > -0.5) & (ys < ny - 0.5)
+    for n in np.flatnonzero(inside):
+        stamp = np.ascontiguousarray(psf.at(float(xs[n]), float(ys[n])), dtype=np.float64)
+        _fit_flux(image, noise, good, xs[n], ys[n], stamp, psf.fwhm, results[n])
+    ok = results[:, 3] > 0.8
+    results[~ok, :3] = np.nan
+    return results[:, 0], results[:, 1], results[:, 2], ok
+
+
+def aperture_flux(
+    data: NDArray[np.floating],
+    variance: NDArray[np.floating],
+    mask: NDArray[np.integer] | None,
+    x: NDArray[np.floating],
+    y: NDArray[np.floating],
+    radius: float,
+) -> tuple[_Array, _Array, NDArray[np.bool_]]:
+    """Flux in circles of `radius` pixels, edges of pixels counted exactly (SEP).
+
+    Returns
+    -------
+    flux, flux_err : ndarray (n,) float64
+        Sum of `data` and 1-sigma error from `variance`, as they are; no aperture correction.
+    ok : ndarray (n,) bool
+        The whole circle lies in the image, on good pixels.
+    """
+    bad = ~np.isfinite(data) if mask is None else (np.asarray(mask) != 0) | ~np.isfinite(data)
+    flux, error, flag = sep.sum_circle(
+        np.where(bad, 0, data).astype(np.float32),
+        np.atleast_1d(np.asarray(x, dtype=np.float64)),
+        np.atleast_1d(np.asarray(y, dtype=np.float64)),
+        radius,
+        var=np.where(np.isfinite(variance), variance, 0).astype(np.float32),
+        mask=bad,
+        subpix=0,
+    )
+    return flux, error, flag == 0
+
+
+def measure_flux_ratio(
+    flux_new: NDArray[np.floating],
+    err_new: NDArray[np.floating],
+    flux_ref: NDArray[np.floating],
+    err_ref: NDArray[np.floating],
+) -> FluxRatio:
+    """F_new / F_ref from the fluxes of common stars.
+
+    Parameters
+    ----------
+    flux_new, err_new, flux_ref, err_ref : ndarray (n,)
+        Fluxes and 1-sigma errors; entries that are not finite are ignored.
+
+    Returns
+    -------
+    FluxRatio
+
+    Notes
+    -----
+    Maximum likelihood of a line through the origin with errors in both: with t the best estimate of a star's flux from
+    both images, ``Σ w t (flux_new − β flux_ref) = 0``. The residual and t are uncorrelated, so that neither weights nor
+    cuts in t bias β, however faint the stars. Residuals beyond 4 of their own widths (variables, blends) are left
+    out; the width includes a relative scatter of single stars, found such that the middle half agrees with a Gaussian.
+    """
+    values = np.stack([np.asarray(a, dtype=np.float64).ravel() for a in (flux_new, err_new, flux_ref, err_ref)])
+    new, error, ref, error_ref = values[:, np.isfinite(values).all(axis=0) & (values[1] > 0) & (values[3] > 0)]
+    beta = _first_ratio(new, error, ref, error_ref)
+    if not (np.isfinite(beta) and beta > 0):
+        return FluxRatio(float("nan"), float("nan"), float("nan"), 0)
+    use = np.ones(new.size, dtype=bool)
+    scatter = 0.0
+    for _ in range(12):
+        flux = (beta * new / error**2 + ref / error_ref**2) / (beta**2 / error**2 + 1 / error_ref**2)
+        photon = error**2 + (beta * error_ref) ** 2
+        residual = new - beta * ref
+        scatter = _extra_scatter(residual[use], photon[use], beta * flux[use])
+        width = np.sqrt(photon + (scatter * beta * flux) ** 2)
+        use = (np.abs(residual) < 4 * width) & (flux > 0)
+        if not use.any():
+            return FluxRatio(float("nan"), float("nan"), float("nan"), 0)
+        weight = flux[use] / width[use] ** 2
+        old, beta = beta, float(np.sum(weight * new[use]) / np.sum(weight * ref[use]))
+        if abs(beta - old) < 1e-9 * beta:
+            break
+    information = np.sum((flux[use] / width[use]) ** 2)
+    return FluxRatio(beta, float(1 / np.sqrt(information)), scatter, int(np.count_nonzero(use)))
+
+
+def source_variance(
+    data: NDArray[np.floating], sky_variance: NDArray[np.floating] | float, psf: PsfLike, gain: float = 1.0
+) -> NDArray[np.float32]:
+    """Variance of each pixel: the sky's, and the photon noise of the sources.
+
+    Parameters
+    ----------
+    data : ndarray (ny, nx)
+        Background-subtracted image; pixels that are not finite count as sky.
+    sky_variance : ndarray (ny, nx) or float
+        Variance of the sky, in the units of `data` squared.
+    psf : PsfLike
+        Sets the scale of smoothing.
+    gain : float
+        Electrons per unit of `data`.
+
+    Returns
+    -------
+    ndarray (ny, nx) float32
+        ``sky_variance + sources / gain``. On blank sky it is exactly the sky's: ``max(data, 0)`` would count the noise
+        twice there. Sources are where the image, smoothed like the PSF, stands 4 sigma out of its noise, and within
+        one FWHM of there; their light is the image smoothed by a third of the PSF, in a way that keeps the height of peaks
+        (``2 g − g ⊗ g``: the kernel's second moment is zero).
+    """
+    image = np.nan_to_num(np.asarray(data, dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+    sky = np.broadcast_to(np.asarray(sky_variance, dtype=np.float32), image.shape)
+    sigma = psf.fwhm / 2.3548
+    smooth = ndimage.gaussian_filter(image, sigma, mode="constant", truncate=3.0)
+    score = smooth / np.sqrt(np.maximum(sky, np.finfo(np.float32).tiny))
+    # Noise of the smoothed image from itself, since neighbouring pixels may be correlated.
+    sample = score[:: max(1, score.shape[0] // 256), :: max(1, score.shape[1] // 256)]
+    width = 1.4826 * float(np.median(np.abs(sample - np.median(sample))))
+    expected = 1 / (2 * np.sqrt(np.pi) * max(sigma, 0.5))
+    found = score > 4 * max(width, expected)
+    reach = int(np.ceil(psf.fwhm))
+    found = ndimage.maximum_filter(found.view(np.uint8), size=2 * reach + 1).view(bool)
+    if not found.any():
+        return np.array(sky)
+    once = ndimage.gaussian_filter(image, 0.35 * sigma, mode="constant", truncate=3.0)
+    light = 2 * once - ndimage.gaussian_filter(once, 0.35 * sigma, mode="constant", truncate=3.0)
+    return np.where(found, sky + np.maximum(light, 0) / np.float32(gain), sky).astype(np.float32)  # type: ignore[no-any-return]
+
+
+def _first_ratio(new: _Array, error: _Array, ref: _Array, error_ref: _Array) -> float:
+    """Median ratio of the stars bright in both."""
+    snr = np.minimum(new / error, ref / error_ref)
+    bright = (snr > 5) & (snr >= np.median(snr[snr > 5]) if np.any(snr > 5) else np.zeros(snr.shape, dtype=bool))
+    return float(np.median(new[bright] / ref[bright])) if bright.any() else float("nan")
+
+
+def _extra_scatter(residual: _Array, photon: _Array, flux: _Array) -> float:
+    """Relative scatter s such that the median of |residual| / sqrt(photon + (s flux)²) is a Gaussian's."""
+
+    def excess(s: float) -> float:
+        return float(1.4826 * np.median(np.abs(residual) / np.sqrt(photon + (s * flux) ** 2)) - 1)
+
+    if residual.size < 5 or excess(0.0) <= 0:
+        return 0.0
+    if excess(1.0) >= 0:
+        return 1.0
+    return float(optimize.brentq(excess, 0.0, 1.0, xtol=1e-6))
+
+
+@njit(cache=True)
+def _fit_flux(image, noise, good, x, y, stamp, fwhm, result):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """flux, error, reduced chi-square, covered fraction of the weight."""
+    ny, nx = image.shape
+    size = stamp.shape[0]
+    half = size // 2
+    column, row = int(np.rint(x)), int(np.rint(y))
+    dx, dy = x - column, y - row
+    model, work = np.empty(stamp.shape), np.empty(stamp.shape)
+    transform(stamp, taps(dx), taps(dy), model, work)
+    whole = weight = cross = spread = 0.0
+    for j in range(size):
+        for i in range(size):
+            if (i - half - dx) ** 2 + (j - half - dy) ** 2 > 4.0 * fwhm * fwhm:
+                continue
+            p = model[j, i]
+            whole += p * p
+            jj, ii = row + j - half, column + i - half
+            if 0 <= jj < ny and 0 <= ii < nx and good[jj, ii]:
+                weight += p * p
+                cross += p * image[jj, ii]
+                spread += p * p * noise[jj, ii]
+    result[3] = weight / whole if whole > 0 else 0.0
+    if weight <= 0.0:
+        return
+    flux = cross / weight
+    chi2 = 0.0
+    count = 0
+    for j in range(size):
+        for i in range(size):
+            jj, ii = row + j - half, column + i - half
+            near = (i - half - dx) ** 2 + (j - half - dy) ** 2 <= fwhm * fwhm
+            if near and 0 <= jj < ny and 0 <= ii < nx and good[jj, ii] and noise[jj, ii] > 0:
+                r = image[jj, ii] - flux * model[j, i]
+                chi2 += r * r / noise[jj, ii]
+                count += 1
+    result[0] = flux
+    result[1] = np.sqrt(spread) / weight
+    result[2] = chi2 / max(count - 1, 1)
