@@ -193,8 +193,8 @@ def source_variance(
     ndarray (ny, nx) float32
         ``sky_variance + sources / gain``. On blank sky it is exactly the sky's: ``max(data, 0)`` would count the noise
         twice there. Sources are where the image, smoothed like the PSF, stands 4 sigma out of its noise, and within
-        one FWHM of there; their light is the image smoothed by a third of the PSF, in a way that keeps the height of peaks
-        (``2 g − g ⊗ g``: the kernel's second moment is zero).
+        one FWHM of there; their light is the image smoothed by a third of the PSF, in a way that keeps the height of
+        peaks (``2 g − g ⊗ g``: the kernel's second moment is zero).
     """
     image = np.nan_to_num(np.asarray(data, dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0)
     sky = np.broadcast_to(np.asarray(sky_variance, dtype=np.float32), image.shape)

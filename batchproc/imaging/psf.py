@@ -40,7 +40,7 @@ _ROUNDS = 4
 
 @dataclass(frozen=True)
 class _Draft:
-    """A model under construction: planes in the orthonormal basis of its stars are turned into `Frame` terms at the end."""
+    """A model under construction: `PsfModel` without its finish."""
 
     frame: Frame
     profile: EllipticalProfile
@@ -116,8 +116,8 @@ def _enough(n: int, found: Stars, config: PsfConfig) -> None:
     if n < config.min_stars:
         raise PsfError(
             f"{n} usable stars for the PSF, at least {config.min_stars} needed ({found.n_detected} sources detected; "
-            f"usable means S/N above {config.snr_min:g}, unsaturated, isolated, point-like); give a PSF file, check the "
-            "mask and the saturation level, or lower psf.snr_min or psf.min_stars",
+            f"usable means S/N above {config.snr_min:g}, unsaturated, isolated, point-like); give a PSF file, check "
+            "the mask and the saturation level, or lower psf.snr_min or psf.min_stars",
             found=n,
             needed=config.min_stars,
             n_detected=found.n_detected,

@@ -139,7 +139,8 @@ class PsfModel:
             )
         if not stamp.sum() > 0:
             raise PsfError(
-                f"PSF stamp with a sum of {stamp.sum():g}, expected a positive one; leave the PSF out to have it measured",
+                f"PSF stamp with a sum of {stamp.sum():g}, expected a positive one; "
+                "leave the PSF out to have it measured",
                 found=float(stamp.sum()),
                 needed=1.0,
             )
@@ -237,7 +238,7 @@ def centring_offset(model: PsfModel) -> tuple[NDArray[np.float64], int]:
 
 
 def half_maximum_width(stamp: NDArray[np.float64]) -> float:
-    """FWHM in pixels: diameter of the circle whose area is that above half maximum (geometric mean of an ellipse's axes)."""
+    """FWHM in pixels: diameter of the circle of the area above half maximum (geometric mean of an ellipse's axes)."""
     fine = 0.1
     reach = (stamp.shape[0] - 1) / 2
     spline = ndimage.spline_filter(stamp, order=5)

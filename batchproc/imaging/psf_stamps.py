@@ -86,7 +86,8 @@ class StarStamps:
     def take(self, rows: NDArray[np.intp]) -> StarStamps:
         """Some of the stars."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return StarStamps(**{k: v[rows] if isinstance(v, np.ndarray) else v for k, v in values.items()})
+        chosen: dict[str, Any] = {k: v[rows] for k, v in values.items() if isinstance(v, np.ndarray)}
+        return replace(self, **chosen)
 
     def cut(self, image: NDArray[np.floating], outside: float = 0.0) -> NDArray[np.float64]:
         """The stamps' pixels of another image."""
@@ -250,7 +251,7 @@ def _scale(
 
 
 def _moffat_table(beta: float) -> NDArray[np.float64]:
-    """``(1 + s²)^-β (β − 1) / π`` at s = 0, 1/256, …: exponentials of every pixel of every star would take half the time.
+    """``(1 + s²)^-β (β − 1) / π`` at s = 0, 1/256, …; powers for every pixel would take half the time of the fit.
 
     Linear between entries: within 4e-6 of the peak.
     """
