@@ -59,7 +59,8 @@ class AlignConfig:
     match_radius_pix: float = 4.0
     """Stars of the two images are the same within this distance after the WCS has been applied."""
     min_matches: int = 8
-    """Fewer matched stars than this is an error."""
+    """Fewer matched stars than this is an error, unless the WCS is good and at least three agree that are most of the
+    stars there are (then a constant shift is all that is corrected)."""
     max_rms_pix: float = 0.5
     """A larger scatter of the matched stars means that the WCS is wrong: star patterns take over."""
     refine: bool = True

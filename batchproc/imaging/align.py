@@ -18,7 +18,7 @@ from scipy.ndimage import uniform_filter
 
 from batchproc.config import AlignConfig
 from batchproc.errors import AlignError
-from batchproc.imaging.join import MIN_RATIO_STARS, PSF_STEP, JoinedPsf, MappedPsf, join, star_flux_ratio, weights_of
+from batchproc.imaging.join import PSF_STEP, JoinedPsf, MappedPsf, join, star_flux_ratio, weights_of
 from batchproc.imaging.patterns import match_patterns
 from batchproc.imaging.pixelmap import PixelMap
 from batchproc.imaging.registration import (
@@ -67,7 +67,7 @@ class Aligned:
     interpolated : bool
         False where the grids are the same and ref was returned as it is.
     n_refs : int
-        References that were used.
+        References that were resampled and, where several, joined.
     """
 
     ref: Exposure
@@ -129,14 +129,16 @@ def align(new: Exposure, refs: Sequence[Exposure], config: AlignConfig | None = 
     best = max(good, key=lambda p: p.registration.n_matches)
     placed = [_settled(p, best, config) for p in placed]
 
-    interpolated = not (len(placed) == 1 and placed[0].is_unchanged)
+    n_refs = len(placed)
+    interpolated = n_refs > 1 or not placed[0].is_unchanged
     if not interpolated:
-        ref = replace(placed[0].field.exposure, wcs=new.wcs)
-        noise_kept = np.ones(new.shape, np.float32)
-    elif len(placed) == 1:
+        ref, noise_kept = replace(placed[0].field.exposure, wcs=new.wcs), np.ones(new.shape, np.float32)
+    elif n_refs == 1:
         ref, noise_kept = _resample_one(new, placed[0], config)
     else:
-        ref, noise_kept = _resample_several(field, placed, config)
+        layers = _layers(field, placed, config)
+        n_refs = len(layers)
+        ref, noise_kept = _join(new, layers, config)
     left_x, left_y = best.left_over
     return Aligned(
         ref=ref,
@@ -148,7 +150,7 @@ def align(new: Exposure, refs: Sequence[Exposure], config: AlignConfig | None = 
         overlap=float(np.mean((ref.mask & MaskBit.NO_DATA) == 0)),
         noise_kept=noise_kept,
         interpolated=interpolated,
-        n_refs=len(placed),
+        n_refs=n_refs,
     )
 
 
@@ -306,11 +308,12 @@ def _confirm(
     handful = method == "wcs" and 3 <= n < config.min_matches and 2 * n >= n_possible and by_chance < 0.5
     problem = None
     if not (enough or handful) or rms > config.max_rms_pix:
+        scatter = f" and scatter by {rms:.2f} px (at most {config.max_rms_pix:g})" if n >= 3 else ""
         problem = AlignError(
             f"{_name(ref.exposure)}: {n} stars match those of {_name(new.exposure)} within "
             f"{config.match_radius_pix:g} px (at least {config.min_matches} are needed, {n_possible} were possible, "
-            f"{by_chance:.1f} match by chance) and scatter by {rms:.2f} px (at most {config.max_rms_pix:g}); "
-            "star patterns do not match either. Check that both show the same field, and the WCS of both",
+            f"{by_chance:.1f} match by chance){scatter}; star patterns do not match either. "
+            "Check that both show the same field, and the WCS of both",
             found=n,
             needed=config.min_matches,
             possible=n_possible,
@@ -377,43 +380,63 @@ def _resample_one(new: Exposure, placed: _Placed, config: AlignConfig) -> tuple[
     return aligned, _local_mean(image.noise_kept)
 
 
-def _resample_several(
-    new: _Field, placed: Sequence[_Placed], config: AlignConfig
-) -> tuple[Exposure, NDArray[np.float32]]:
-    """Several references on new's grid, without their skies, joined in the flux system of the first."""
-    shape, first = new.exposure.shape, placed[0].field.exposure
-    images, areas = [], []
+@dataclass(frozen=True)
+class _Layer:
+    """A reference on new's grid, without its sky; `scale` brings it to the flux system (electrons) of the first."""
+
+    placed: _Placed
+    image: Resampled
+    area: float
+    scale: float = 1.0
+
+    @property
+    def rms(self) -> float:
+        """Sky noise per pixel of new, in the common system, as sums over many pixels see it."""
+        return self.placed.field.rms * float(np.sqrt(self.area)) * self.scale
+
+    @property
+    def saturation(self) -> float:
+        return self.placed.field.exposure.saturation * self.area * self.scale
+
+
+def _layers(new: _Field, placed: Sequence[_Placed], config: AlignConfig) -> list[_Layer]:
+    """Each reference resampled and brought to scale."""
+    layers: list[_Layer] = []
     for p in placed:
         ref, pixel_map = p.field.exposure, p.pixel_map
-        images.append(
-            resample(
-                p.field.subtracted,
-                pixel_map,
-                shape,
-                variance=ref.variance,
-                mask=ref.mask,
-                order=config.kernel_order,
-            )
+        image = resample(
+            p.field.subtracted,
+            pixel_map,
+            new.exposure.shape,
+            variance=ref.variance,
+            mask=ref.mask,
+            order=config.kernel_order,
         )
-        areas.append(pixel_map.area)
-    scales = _flux_scales(new, placed, images)
-    rms = [p.field.rms * np.sqrt(area) * scale for p, area, scale in zip(placed, areas, scales, strict=True)]
-    weights = weights_of(images, rms)
-    joined = join(images, scales, weights)
-    saturation = min(
-        p.field.exposure.saturation * area * scale for p, area, scale in zip(placed, areas, scales, strict=True)
-    )
+        layer = _Layer(p, image, pixel_map.area)
+        scale = _flux_scale(new, layers[0], layer) if layers else 1.0
+        # A sliver with neither zero point nor stars cannot be brought to scale: no data is better than wrong data.
+        if scale is not None:
+            layers.append(replace(layer, scale=scale))
+    return layers
+
+
+def _join(new: Exposure, layers: Sequence[_Layer], config: AlignConfig) -> tuple[Exposure, NDArray[np.float32]]:
+    """Several references as one image without sky, in the flux system of the first."""
+    images = [layer.image for layer in layers]
+    weights = weights_of(images, [layer.rms for layer in layers])
+    joined = join(images, [layer.scale for layer in layers], weights)
     psf = None
-    if all(p.field.exposure.psf is not None for p in placed):
-        psf = JoinedPsf(tuple(_mapped_psf(p, config) for p in placed), weights[:, ::PSF_STEP, ::PSF_STEP].copy())
+    if all(layer.placed.field.exposure.psf is not None for layer in layers):
+        parts = tuple(_mapped_psf(layer.placed, config) for layer in layers)
+        psf = JoinedPsf(parts, weights[:, ::PSF_STEP, ::PSF_STEP].copy())
     aligned = replace(
-        first,
+        layers[0].placed.field.exposure,
         data=joined.data,
         variance=_white_variance(joined),
         mask=joined.mask,
         psf=psf,
-        saturation=saturation,
-        wcs=new.exposure.wcs,
+        saturation=min(layer.saturation for layer in layers),
+        wcs=new.wcs,
     )
     return aligned, _local_mean(joined.noise_kept)
 
@@ -440,40 +463,28 @@ def _local_mean(noise_kept: NDArray[np.float32]) -> NDArray[np.float32]:
     return full[: noise_kept.shape[0], : noise_kept.shape[1]]
 
 
-def _flux_scales(new: _Field, placed: Sequence[_Placed], images: Sequence[Resampled]) -> list[float]:
-    """Factors that bring each reference to the flux system (electrons) of the first.
+def _flux_scale(new: _Field, first: _Layer, layer: _Layer) -> float | None:
+    """Factor that brings a reference to the flux system (electrons) of the first; None where there is no telling.
 
-    By zero points; where one is unknown, by stars that it shares with the first one; failing that, by those that both
-    share with new.
+    By zero points; where one is unknown, by stars that the two share; failing that, by those that both share with new.
     """
-    first = placed[0].field.exposure
+    one, other = first.placed.field.exposure, layer.placed.field.exposure
+    if np.isfinite(one.zero_point) and np.isfinite(other.zero_point):
+        return float(one.gain / other.gain * 10 ** (0.4 * (one.zero_point - other.zero_point)))
     stars = new.stars[:500]
-    radius = 2.0 * max(float(np.median(f.stars.fwhm)) for f in (new, *(p.field for p in placed)) if len(f.stars))
-    mask_new = new.exposure.mask
+    fields = [field for field in (new, first.placed.field, layer.placed.field) if len(field.stars)]
+    radius = 2.0 * max(float(np.median(field.stars.fwhm)) for field in fields)
 
     def ratio(a: tuple[NDArray, NDArray], b: tuple[NDArray, NDArray]) -> float | None:
         return star_flux_ratio(*a, *b, stars.x, stars.y, radius)
 
-    scales = [1.0]
-    for p, image in zip(placed[1:], images[1:], strict=True):
-        ref = p.field.exposure
-        scale: float | None = None
-        if np.isfinite(first.zero_point) and np.isfinite(ref.zero_point):
-            scale = first.gain / ref.gain * 10 ** (0.4 * (first.zero_point - ref.zero_point))
-        if scale is None:
-            scale = ratio((images[0].data, images[0].mask), (image.data, image.mask))
-        if scale is None:
-            to_first = ratio((images[0].data, images[0].mask), (new.subtracted, mask_new))
-            to_this = ratio((new.subtracted, mask_new), (image.data, image.mask))
-            scale = to_first * to_this if to_first and to_this else None
-        if scale is None:
-            raise AlignError(
-                f"{_name(ref)}: no zero point, and fewer than {MIN_RATIO_STARS} stars in common with the first "
-                "reference or with new, so that its flux scale is unknown; give its zero point in the header",
-                needed=MIN_RATIO_STARS,
-            )
-        scales.append(scale)
-    return scales
+    on_new = (new.subtracted, new.exposure.mask)
+    on_first, on_this = ((image.data, image.mask) for image in (first.image, layer.image))
+    direct = ratio(on_first, on_this)
+    if direct is not None:
+        return direct
+    to_first, to_this = ratio(on_first, on_new), ratio(on_new, on_this)
+    return to_first * to_this if to_first and to_this else None
 
 
 def _mapped_psf(placed: _Placed, config: AlignConfig) -> MappedPsf:
