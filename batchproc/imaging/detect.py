@@ -27,11 +27,11 @@ from batchproc.imaging.features import (
     without_holes,
 )
 from batchproc.imaging.measure import PointSource, aperture_sum, fit_position, moments
-from batchproc.imaging.sources import BrightStars, Sources, find_sources
+from batchproc.imaging.sources import BrightStars, Sources, bright_stars, find_sources
 from batchproc.imaging.trails import find_trails, on_trails
 from batchproc.records import CATALOGUE, Difference, Flag, Kernels, MaskBit
 
-__all__ = ["BrightStars", "Candidates", "Sources", "detect", "find_peaks", "find_sources"]
+__all__ = ["BrightStars", "Candidates", "Sources", "bright_stars", "detect", "find_peaks", "find_sources"]
 
 #: Rows measured at once: bounds the memory.
 _CHUNK = 2000
@@ -79,7 +79,7 @@ def detect(
     sources : Sources, optional
         Of the reference, on the grid of new (`find_sources`): hosts and nearest neighbours.
     bright : BrightStars, optional
-        Stars whose residuals are to be flagged.
+        Stars whose residuals are to be flagged (`bright_stars`, and saturated ones).
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""What is in the reference: its sources, and the stars too bright to subtract cleanly."""
+"""What is in the reference: its sources, and the stars among them that are too bright to subtract cleanly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scipy.spatial import cKDTree
 from batchproc.imaging.extract import extract_sources
 from batchproc.imaging.measure import GAUSSIAN_FWHM
 
-__all__ = ["BrightStars", "Sources", "find_sources"]
+__all__ = ["BrightStars", "Sources", "bright_stars", "find_sources"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ class BrightStars:
     def __len__(self) -> int:
         return len(self.x)
 
+    def __add__(self, other: BrightStars) -> BrightStars:
+        return BrightStars(
+            *(np.concatenate([getattr(s, name) for s in (self, other)]) for name in ("x", "y", "radius"))
+        )
+
     def nearest(self, x: ArrayLike, y: ArrayLike) -> NDArray[np.float64]:
         """Distance in pixels from each position to the nearest of them; inf where there is none."""
         positions = np.column_stack([x, y])
@@ -111,3 +116,26 @@ def find_sources(
     usable = np.isfinite(flux)
     fwhm = GAUSSIAN_FWHM * np.sqrt(0.5 * (ellipse[2] ** 2 + ellipse[3] ** 2))
     return Sources(*(column[usable].astype(np.float64) for column in (ellipse[0], ellipse[1], flux, fwhm)))
+
+
+def bright_stars(sources: Sources, *, snr_of_flux: float, misfit: float, fwhm: float) -> BrightStars:
+    """Unsaturated stars whose wings must leave residuals above the noise.
+
+    A PSF model that is wrong by a fraction `misfit` of a star leaves that fraction of the star's S/N behind: in the
+    core, where `subtract` counts it as noise, and less evenly in the wings, where it was not measured. Stars count as
+    too bright from 12 sigma of misfit on, and their residuals reach 5 FWHM, about as far as the model itself.
+
+    Parameters
+    ----------
+    sources : Sources
+        Of the reference. Extended ones count with the part of their flux that one PSF holds.
+    snr_of_flux : float
+        S/N of a source of unit flux (in the units of `sources`) in S: flux ratio times √F_S.
+    misfit : float
+        Relative misfit of the PSF model, as `batchproc.imaging.subtract.ResidualModel.amplitude` measures it.
+    fwhm : float
+        Of the wider of the two PSFs, pixels.
+    """
+    core = np.minimum(1.0, (fwhm / np.maximum(sources.fwhm, 1e-3)) ** 2)
+    bright = misfit * snr_of_flux * sources.flux * core > 12.0
+    return BrightStars(sources.x[bright], sources.y[bright], np.full(int(bright.sum()), 5.0 * fwhm))

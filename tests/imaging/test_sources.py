@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchproc.imaging.sources import BrightStars, Sources, find_sources
+from batchproc.imaging.sources import BrightStars, Sources, bright_stars, find_sources
 from tests.imaging._planted import Scene, grid, plant
 
 few = settings(max_examples=30, deadline=None)
@@ -60,3 +60,16 @@ def test_nearest_and_cover_mean_what_they_say(stars, at, radius):
     covered = bright.cover(x, y)
     assert (covered >= surely).all()
     assert (covered <= perhaps).all()
+
+
+def test_bright_is_what_the_misfit_of_the_psf_makes_visible():
+    """Twelve sigma of misfit; nothing where the PSF is exact; a galaxy counts with what one PSF holds of it."""
+    n = 4
+    flux = np.array([1e3, 1e5, 1e6, 1e6])
+    sources = Sources(np.arange(n) * 50.0, np.zeros(n), flux, np.array([3.0, 3.0, 3.0, 90.0]))
+    bright = bright_stars(sources, snr_of_flux=0.02, misfit=0.01, fwhm=3.0)
+    np.testing.assert_array_equal(bright.x, [50.0, 100.0])
+    np.testing.assert_array_equal(bright.radius, [15.0, 15.0])
+    assert len(bright_stars(sources, snr_of_flux=0.02, misfit=0.0, fwhm=3.0)) == 0
+    both = bright + BrightStars(np.array([7.0]), np.array([0.0]), np.array([2.0]))
+    assert both.cover([8.0, 20.0, 36.0], [0.0, 0.0, 0.0]).tolist() == [True, False, True]
