@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import binary_dilation, center_of_mass, label
 
 from batchproc.config import Config
-from batchproc.errors import ExposureError, PsfError
+from batchproc.errors import ExposureError, PsfError, SubtractError
 from batchproc.imaging.align import Aligned, align
 from batchproc.imaging.background import Background, measure_background
 from batchproc.imaging.cutouts import cut, round_to_noise
@@ -209,7 +209,7 @@ def grow_saturated(mask: NDArray[np.uint8], fwhm: float) -> NDArray[np.uint8]:
 
 
 def saturated_stars(mask: NDArray[np.uint8], fwhm: float) -> BrightStars:
-    """Where saturated stars are, and how far their residuals reach: two FWHM beyond three radii of what is saturated."""
+    """Saturated stars, and how far their residuals reach: two FWHM beyond three radii of what is saturated."""
     blobs, n = label((mask & MaskBit.SATURATED) != 0)
     if n == 0:
         return BrightStars(np.zeros(0), np.zeros(0), np.zeros(0))
@@ -234,7 +234,7 @@ def _psf_of(
         )
     except PsfError as error:
         raise PsfError(f"{which} ({exposure.meta.get('path', '?')}): {error}", image=which, **error.metadata) from None
-    quality = {f"psf_{key}": value for key, value in model.quality.items()}
+    quality = {f"psf_{key}": value for key, value in model.quality.items() if key != "n_stars"}
     return model, {"fwhm": model.fwhm, "psf": "measured", "n_psf_stars": model.n_stars, **quality}
 
 
@@ -269,7 +269,16 @@ def _flux_ratio(
     flux, error, _, good = psf_flux(image, variance, new.mask, stars["x"], stars["y"], psf)
     flux_ref, error_ref, _, good_ref = psf_flux(reference, variance_ref, ref.mask, stars["x"], stars["y"], psf_ref)
     both = good & good_ref
-    return measure_flux_ratio(flux[both], error[both], flux_ref[both], error_ref[both])
+    ratio = measure_flux_ratio(flux[both], error[both], flux_ref[both], error_ref[both])
+    if ratio.n_stars == 0:
+        raise SubtractError(
+            f"{new.meta.get('path', '?')}: {int(both.sum())} of {len(stars)} stars can be measured in both images, "
+            "too few for their flux ratio: check that the reference shows the same field, and check the masks",
+            stage="photometry",
+            found=int(both.sum()),
+            stars=len(stars),
+        )
+    return ratio
 
 
 def _stamps(
