@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 from numpy.typing import NDArray
 
-from batchproc.imaging.registration import match_stars
+from batchproc.imaging.starlist import match_stars
 
 __all__ = ["match_patterns"]
 

@@ -14,10 +14,11 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from batchproc.imaging.fill import dilate, fill_bad
 from batchproc.imaging.pixelmap import PixelMap, hermite
 from batchproc.records import MaskBit
 
-__all__ = ["Resampled", "fill_bad", "kernel_table", "resample"]
+__all__ = ["Resampled", "kernel_table", "resample"]
 
 #: Positions within a pixel at which the kernel is tabulated; the nearest is taken (off by at most 1.2e-4 px).
 PHASES = 4096
@@ -111,7 +112,7 @@ def resample(
     if any_bad:
         plane = fill_bad(plane, bad, reach + 1)
         spread = None if spread is None else fill_bad(spread, bad, reach + 1)
-        near = _dilate(bad, reach)
+        near = dilate(bad, reach)
 
     nothing = np.zeros((0, 0), np.float32)
     out = Resampled(
@@ -184,22 +185,6 @@ def kernel_table(order: int, scale: float = 1.0) -> NDArray[np.float64]:
     return weights - excess * window * (u * s0 - s1) / (s0 * s2 - s1**2) / scale
 
 
-def fill_bad(data: NDArray[np.float32], bad: NDArray[np.bool_], rings: int) -> NDArray[np.float32]:
-    """A copy with bad pixels filled from outside in, ring by ring, each by the mean of its known neighbours.
-
-    What lies deeper than so many rings gets the median of the good pixels: no kernel that reaches the good ones touches
-    it.
-    """
-    filled = data.copy()
-    filled[bad] = 0.0
-    good_values = data[~bad]
-    stride = max(1, good_values.size // 100_000)
-    level = np.median(good_values[::stride]) if good_values.size else np.float32(0.0)
-    ys, xs = np.nonzero(bad)
-    _fill_rings(filled, bad.copy(), ys, xs, rings, np.float32(level))
-    return filled
-
-
 def _with_bit(flags: NDArray[np.uint8], where: NDArray[np.bool_], bit: MaskBit) -> NDArray[np.uint8]:
     return flags | (where * np.uint8(bit)) if where.any() else flags
 
@@ -211,59 +196,6 @@ def _areas(pixel_map: PixelMap, shape: tuple[int, int]) -> NDArray[np.float32]:
     areas = np.abs(j[..., 0, 0] * j[..., 1, 1] - j[..., 0, 1] * j[..., 1, 0])
     rows = np.array([np.interp(np.arange(shape[1]), xs, row) for row in areas])
     return np.array([np.interp(np.arange(shape[0]), ys, c) for c in rows.T], np.float32).T
-
-
-@njit(cache=True, nogil=True)
-def _fill_rings(filled, bad, ys, xs, rings, level):  # type: ignore[no-untyped-def]
-    ny, nx = filled.shape
-    values = np.empty(ys.size, np.float32)
-    n = ys.size
-    for _ in range(rings):
-        if n == 0:
-            return
-        # First the means of all, then all at once, so that the order of pixels does not matter.
-        known = 0
-        for k in range(n):
-            y, x = ys[k], xs[k]
-            total, count = 0.0, 0
-            for v in range(max(y - 1, 0), min(y + 2, ny)):
-                for u in range(max(x - 1, 0), min(x + 2, nx)):
-                    if not bad[v, u]:
-                        total += filled[v, u]
-                        count += 1
-            values[k] = total / count if count else np.nan
-        left = 0
-        for k in range(n):
-            y, x = ys[k], xs[k]
-            if np.isnan(values[k]):
-                ys[left], xs[left] = y, x
-                left += 1
-            else:
-                filled[y, x] = values[k]
-                bad[y, x] = False
-                known += 1
-        n = left
-        if known == 0:
-            break
-    for k in range(n):
-        filled[ys[k], xs[k]] = level
-
-
-@njit(cache=True, nogil=True)
-def _dilate(bad, reach):  # type: ignore[no-untyped-def]
-    """True within `reach` pixels along x and y of a bad pixel."""
-    ny, nx = bad.shape
-    rows = np.zeros_like(bad)
-    for y in range(ny):
-        for x in range(nx):
-            if bad[y, x]:
-                rows[y, max(x - reach, 0) : min(x + reach + 1, nx)] = True
-    grown = np.zeros_like(bad)
-    for y in range(ny):
-        for v in range(max(y - reach, 0), min(y + reach + 1, ny)):
-            for x in range(nx):
-                grown[y, x] |= rows[v, x]
-    return grown
 
 
 # Sums may be reassociated and contracted: every value in them is finite by then.

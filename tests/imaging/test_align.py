@@ -14,8 +14,8 @@ from batchproc.errors import AlignError
 from batchproc.imaging.align import align
 from batchproc.imaging.join import PSF_STEP, JoinedPsf, MappedPsf, star_flux_ratio
 from batchproc.imaging.pixelmap import PixelMap
-from batchproc.imaging.registration import detect_stars, match_stars
 from batchproc.imaging.resample import resample
+from batchproc.imaging.starlist import detect_stars, match_stars
 from batchproc.imaging.zogy import zogy
 from batchproc.records import Exposure, MaskBit, PsfLike
 from tests.imaging._psfs import ConstantPsf, gaussian

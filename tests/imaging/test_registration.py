@@ -6,14 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchproc.imaging.patterns import match_patterns
-from batchproc.imaging.registration import (
-    Registration,
-    Stars,
-    detect_stars,
-    match_stars,
-    measure_registration,
-    register,
-)
+from batchproc.imaging.registration import Registration, measure_registration, register
+from batchproc.imaging.starlist import Stars, detect_stars, match_stars
 from tests.imaging._stars import expose, render, scatter_stars
 
 SHAPE = (1000, 1200)
