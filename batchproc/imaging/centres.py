@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from batchproc.imaging.polynomial import Frame, n_terms
+from batchproc.imaging.polynomial import Frame, Polynomial, fit_polynomial
 from batchproc.imaging.shift import shift_stamp, taps, transform
 from batchproc.records import PsfLike
 
@@ -25,21 +25,11 @@ _Array = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class MovedPsf:
-    """A PSF whose stamps are off centre by a polynomial in (x, y).
-
-    Attributes
-    ----------
-    psf : PsfLike
-    coefficients : ndarray (n_terms, 2) float64
-        Offset in pixels along x and y, terms of `frame`.
-    degree : int
-    frame : Frame
-    """
+    """A PSF whose stamps are off centre by `dx` and `dy` pixels, polynomials of the place."""
 
     psf: PsfLike
-    coefficients: _Array
-    degree: int
-    frame: Frame
+    dx: Polynomial
+    dy: Polynomial
 
     @property
     def size(self) -> int:
@@ -51,14 +41,9 @@ class MovedPsf:
         """Full width at half maximum at the image centre, in pixels."""
         return self.psf.fwhm
 
-    def offset(self, x: NDArray[np.floating] | float, y: NDArray[np.floating] | float) -> _Array:
-        """Offset (n, 2) of the stamps at pixels (x, y)."""
-        return self.frame.terms(x, y, self.degree) @ self.coefficients  # type: ignore[no-any-return]
-
     def at(self, x: float, y: float) -> _Array:
-        """PSF stamp ``(size, size)`` at pixel (x, y): off centre by `offset`, unit sum."""
-        dx, dy = self.offset(x, y)[0]
-        stamp = shift_stamp(self.psf.at(x, y), float(dx), float(dy))
+        """PSF stamp ``(size, size)`` at pixel (x, y): off centre by (`dx`, `dy`), unit sum."""
+        stamp = shift_stamp(self.psf.at(x, y), float(self.dx(x, y)[0]), float(self.dy(x, y)[0]))
         return stamp / stamp.sum()  # type: ignore[no-any-return]
 
 
@@ -159,8 +144,7 @@ def match_centres(
     mask_new, mask_ref : ndarray (ny, nx) or None
         Non-zero is bad.
     max_degree : int
-        Of the polynomial in (x, y); each degree needs ten stars a term, and must improve the prediction of stars left
-        out.
+        Of the polynomials in (x, y).
 
     Returns
     -------
@@ -172,63 +156,20 @@ def match_centres(
     ok = ok_new & ok_ref
     frame = Frame.of_image(new.shape)
     if np.count_nonzero(ok) < 5:
-        return CentreMatch(MovedPsf(psf_ref, np.zeros((1, 2)), 0, frame), 0.0, 0.0, 0.0, 0.0, 0)
-    offset = np.stack([x_ref - x_new, y_ref - y_new], axis=-1)[ok]
-    error2 = (error_new**2 + error_ref**2)[ok]
-    x, y = x_new[ok], y_new[ok]
-    coefficients, degree, excess = _robust_polynomial(frame, x, y, offset, error2, max_degree)
-    middle = frame.terms(frame.x0, frame.y0, degree)[0] @ coefficients
+        still = Polynomial(frame, 0, np.zeros(1))
+        return CentreMatch(MovedPsf(psf_ref, still, still), 0.0, 0.0, 0.0, 0.0, 0)
+    variance = (error_new**2 + error_ref**2)[ok]
+    at = x_new[ok], y_new[ok]
+    dx, excess_x = fit_polynomial(frame, *at, (x_ref - x_new)[ok], variance[:, 0], max_degree)
+    dy, excess_y = fit_polynomial(frame, *at, (y_ref - y_new)[ok], variance[:, 1], max_degree)
     return CentreMatch(
-        MovedPsf(psf_ref, coefficients, degree, frame),
-        float(middle[0]),
-        float(middle[1]),
-        float(np.sqrt(excess[0])),
-        float(np.sqrt(excess[1])),
-        len(x),
+        MovedPsf(psf_ref, dx, dy),
+        shift_x=float(dx(frame.x0, frame.y0)[0]),
+        shift_y=float(dy(frame.x0, frame.y0)[0]),
+        rms_x=float(np.sqrt(excess_x)),
+        rms_y=float(np.sqrt(excess_y)),
+        n_stars=int(np.count_nonzero(ok)),
     )
-
-
-def _robust_polynomial(
-    frame: Frame, x: _Array, y: _Array, offset: _Array, error2: _Array, max_degree: int
-) -> tuple[_Array, int, _Array]:
-    """Coefficients (n_terms, 2), degree, and variance (2,) of the stars about it beyond their errors."""
-    best = np.median(offset, axis=0)[None]
-    excess = _excess_variance(offset - best, error2)
-    best_degree, best_score = 0, np.inf
-    for degree in range(max_degree + 1):
-        if degree > 0 and len(x) < 10 * n_terms(degree):
-            break
-        basis = frame.terms(x, y, degree)
-        solution = np.zeros((n_terms(degree), 2))
-        solution[0] = best[0]
-        score, spread = 0.0, excess.copy()
-        for axis in (0, 1):
-            fit = np.zeros(n_terms(degree))
-            fit[: 1 if degree == 0 else len(fit)] = solution[: len(fit), axis]
-            for _ in range(5):
-                residual = offset[:, axis] - basis @ fit
-                spread[axis] = _excess_variance(residual[:, None], error2[:, axis : axis + 1])[0]
-                width2 = error2[:, axis] + spread[axis] + 1e-6
-                z2 = residual**2 / width2
-                weight = np.where(z2 < 16, (1 - z2 / 16) ** 2, 0) / width2
-                q, r = np.linalg.qr(basis * np.sqrt(weight)[:, None])
-                fit = np.linalg.solve(r, q.T @ (offset[:, axis] * np.sqrt(weight)))
-            left_out = (offset[:, axis] - basis @ fit) / np.maximum(1 - np.sum(q**2, axis=1), 1e-2)
-            score += float(np.sum(np.minimum(left_out**2 / (error2[:, axis] + excess[axis] + 1e-6), 16)))
-            solution[:, axis] = fit
-        if score < 0.98 * best_score:
-            best, best_degree, best_score, final = solution, degree, score, spread
-    return best, best_degree, final
-
-
-def _excess_variance(residual: _Array, error2: _Array) -> _Array:
-    """Variance (k,) beyond the errors, from the middle half of the better-measured stars."""
-    out = np.zeros(residual.shape[1])
-    for axis in range(residual.shape[1]):
-        told = error2[:, axis] <= np.median(error2[:, axis])
-        width2 = (1.4826 * np.median(np.abs(residual[told, axis]))) ** 2
-        out[axis] = max(0.0, width2 - np.median(error2[told, axis]))
-    return out
 
 
 @njit(cache=True)

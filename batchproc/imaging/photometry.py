@@ -5,7 +5,7 @@ Images are background-subtracted; positions are 0-based pixels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import sep
@@ -13,6 +13,7 @@ from numba import njit
 from numpy.typing import NDArray
 from scipy import ndimage, optimize
 
+from batchproc.imaging.polynomial import Frame, Polynomial, fit_polynomial
 from batchproc.imaging.shift import taps, transform
 from batchproc.records import PsfLike
 
@@ -35,12 +36,25 @@ class FluxRatio:
         Relative scatter of single stars about it, beyond their photon noise (model errors, weak variables).
     n_stars : int
         Stars that took part; 0 where no ratio could be measured (``value`` and ``error`` are NaN then).
+    variation : Polynomial or None
+        Ratio at a place over `value`, minus 1, where positions were given: flat fields and thin clouds differ by some
+        per cent across an image, which bright stars show.
     """
 
     value: float
     error: float
     scatter: float
     n_stars: int
+    variation: Polynomial | None = None
+
+    def image(self, shape: tuple[int, int]) -> NDArray[np.float32]:
+        """Ratio at every pixel over `value` (ny, nx): multiply the reference by it."""
+        out = np.ones(shape, dtype=np.float32)
+        if self.variation is not None and self.variation.degree > 0:
+            columns = np.arange(shape[1], dtype=np.float64)
+            for row in range(shape[0]):
+                out[row] += self.variation(columns, np.full(shape[1], float(row)))
+        return out
 
 
 def psf_flux(
@@ -129,6 +143,10 @@ def measure_flux_ratio(
     err_new: NDArray[np.floating],
     flux_ref: NDArray[np.floating],
     err_ref: NDArray[np.floating],
+    *,
+    x: NDArray[np.floating] | None = None,
+    y: NDArray[np.floating] | None = None,
+    shape: tuple[int, int] | None = None,
 ) -> FluxRatio:
     """F_new / F_ref from the fluxes of common stars.
 
@@ -136,6 +154,10 @@ def measure_flux_ratio(
     ----------
     flux_new, err_new, flux_ref, err_ref : ndarray (n,)
         Fluxes and 1-sigma errors; entries that are not finite are ignored.
+    x, y : ndarray (n,), optional
+        Positions in pixels. With them and `shape`, the variation of the ratio over the image is measured too (up to
+        second degree, where the stars ask for it), and `scatter` is about it.
+    shape : (ny, nx), optional
 
     Returns
     -------
@@ -149,27 +171,64 @@ def measure_flux_ratio(
     out; the width includes a relative scatter of single stars, found such that the middle half agrees with a Gaussian.
     """
     values = np.stack([np.asarray(a, dtype=np.float64).ravel() for a in (flux_new, err_new, flux_ref, err_ref)])
-    new, error, ref, error_ref = values[:, np.isfinite(values).all(axis=0) & (values[1] > 0) & (values[3] > 0)]
-    beta = _first_ratio(new, error, ref, error_ref)
+    sound = np.isfinite(values).all(axis=0) & (values[1] > 0) & (values[3] > 0)
+    stars = _Pairs(*values[:, sound])
+    ratio, use = _ratio(stars)
+    if x is None or y is None or shape is None or ratio.n_stars < 10:
+        return ratio
+    at = np.asarray(x, dtype=np.float64)[sound], np.asarray(y, dtype=np.float64)[sound]
+    flux = ratio.value * stars.common(ratio.value)
+    relative = (stars.new - ratio.value * stars.ref) / np.where(use, flux, 1.0)
+    error2 = stars.photon(ratio.value) / np.where(use, flux, 1.0) ** 2
+    frame = Frame.of_image(shape)
+    fit, _ = fit_polynomial(frame, at[0][use], at[1][use], relative[use], error2[use], 2)
+    factor = 1 + fit(*at)
+    flat = _Pairs(stars.new, stars.error, stars.ref * factor, stars.error_ref * factor)
+    ratio, _ = _ratio(flat)
+    return replace(ratio, variation=fit) if ratio.n_stars else ratio
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The same stars in two images."""
+
+    new: _Array
+    error: _Array
+    ref: _Array
+    error_ref: _Array
+
+    def common(self, beta: float) -> _Array:
+        """Best estimate of each flux in ref from both images."""
+        weight_new, weight_ref = (beta / self.error) ** 2, 1 / self.error_ref**2
+        return (weight_new * self.new / beta + weight_ref * self.ref) / (weight_new + weight_ref)  # type: ignore[no-any-return]
+
+    def photon(self, beta: float) -> _Array:
+        """Variance of new − β ref."""
+        return self.error**2 + (beta * self.error_ref) ** 2  # type: ignore[no-any-return]
+
+
+def _ratio(stars: _Pairs) -> tuple[FluxRatio, NDArray[np.bool_]]:
+    """The ratio, and which stars it rests on."""
+    nothing = FluxRatio(float("nan"), float("nan"), float("nan"), 0), np.zeros(stars.new.size, dtype=bool)
+    beta = _first_ratio(stars)
     if not (np.isfinite(beta) and beta > 0):
-        return FluxRatio(float("nan"), float("nan"), float("nan"), 0)
-    use = np.ones(new.size, dtype=bool)
+        return nothing
+    use = np.ones(stars.new.size, dtype=bool)
     scatter = 0.0
     for _ in range(12):
-        flux = (beta * new / error**2 + ref / error_ref**2) / (beta**2 / error**2 + 1 / error_ref**2)
-        photon = error**2 + (beta * error_ref) ** 2
-        residual = new - beta * ref
+        flux, photon = stars.common(beta), stars.photon(beta)
+        residual = stars.new - beta * stars.ref
         scatter = _extra_scatter(residual[use], photon[use], beta * flux[use])
         width = np.sqrt(photon + (scatter * beta * flux) ** 2)
         use = (np.abs(residual) < 4 * width) & (flux > 0)
         if not use.any():
-            return FluxRatio(float("nan"), float("nan"), float("nan"), 0)
+            return nothing
         weight = flux[use] / width[use] ** 2
-        old, beta = beta, float(np.sum(weight * new[use]) / np.sum(weight * ref[use]))
+        old, beta = beta, float(np.sum(weight * stars.new[use]) / np.sum(weight * stars.ref[use]))
         if abs(beta - old) < 1e-9 * beta:
             break
     information = np.sum((flux[use] / width[use]) ** 2)
-    return FluxRatio(beta, float(1 / np.sqrt(information)), scatter, int(np.count_nonzero(use)))
+    return FluxRatio(beta, float(1 / np.sqrt(information)), scatter, int(np.count_nonzero(use))), use
 
 
 def source_variance(
@@ -215,11 +274,14 @@ def source_variance(
     return np.where(found, sky + np.maximum(light, 0) / np.float32(gain), sky).astype(np.float32)  # type: ignore[no-any-return]
 
 
-def _first_ratio(new: _Array, error: _Array, ref: _Array, error_ref: _Array) -> float:
+def _first_ratio(stars: _Pairs) -> float:
     """Median ratio of the stars bright in both."""
-    snr = np.minimum(new / error, ref / error_ref)
-    bright = (snr > 5) & (snr >= np.median(snr[snr > 5]) if np.any(snr > 5) else np.zeros(snr.shape, dtype=bool))
-    return float(np.median(new[bright] / ref[bright])) if bright.any() else float("nan")
+    snr = np.minimum(stars.new / stars.error, stars.ref / stars.error_ref)
+    fair = snr > 5
+    if not fair.any():
+        return float("nan")
+    bright = snr >= np.median(snr[fair])
+    return float(np.median(stars.new[bright] / stars.ref[bright]))
 
 
 def _extra_scatter(residual: _Array, photon: _Array, flux: _Array) -> float:

@@ -35,6 +35,8 @@ _SHARPEST_FWHM = 1.3
 #: Light of neighbours in the middle of a star, as a fraction of its own peak, that is let through; the next value
 #: is tried where fewer stars than `PsfConfig.min_stars_varying` pass.
 _CONTAMINATION = (0.01, 0.03, 0.1)
+#: A cell of the image takes stars below twice ``snr_min`` only up to this number in all.
+_FAINT_PER_CELL = 6
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def find_stars(
         stars = alike[_contamination(alike, sources) < limit]
         if len(stars) >= config.min_stars_varying:
             break
-    return Stars(_spread(stars, data.shape, config.max_stars), segments, len(objects))
+    return Stars(_spread(stars, data.shape, config), segments, len(objects))
 
 
 def log_shape(table: NDArray[np.void]) -> NDArray[np.float64]:
@@ -188,7 +190,8 @@ def _alike(table: NDArray[np.void], frame: Frame, config: PsfConfig) -> NDArray[
     ridge = np.argsort(-table["snr"], kind="stable")[: max(60, min(400, len(table) // 2))]
     size = shape[ridge, 0]
     guess = np.median(shape[ridge], axis=0)
-    guess[0] = _mode(size)
+    # Where galaxies outnumber stars, the stars still are the brighter, the smaller and the more alike of the two.
+    guess[0] = _mode(size, np.sqrt(table["snr"][ridge]))
     near = np.abs(size - guess[0]) < 0.3
     if near.any():
         guess[1:] = np.median(shape[ridge][near, 1:], axis=0)
@@ -204,7 +207,11 @@ def _alike(table: NDArray[np.void], frame: Frame, config: PsfConfig) -> NDArray[
             spread = max(0.01, 1.2 * float(np.median(away[inside])) / 1.5382)  # median of chi with 3 d.o.f.
         scale = np.hypot(max(width, spread if width == 0.0 else width), error)
         z = away[ridge] / scale[ridge]
+        if width > 0.1:  # galaxies lie on the side of the larger
+            z = np.where(shape[ridge, 0] > expected[ridge, 0], 3.0 * z, z)
         weight = np.where(z < 4.0, (1 - (z / 4.0) ** 2) ** 2, 0.0) / scale[ridge] ** 2
+        if width > 0.1:
+            weight *= np.sqrt(table["snr"][ridge])
         count = np.count_nonzero(weight)
         degree = max((d for d in (0, 1, 2, 3) if count >= 6 * n_terms(d) and d <= _degree_for(width)), default=0)
         basis = frame.terms(table["x"], table["y"], degree)
@@ -232,9 +239,9 @@ def _near_smallest(table: NDArray[np.void]) -> NDArray[np.bool_]:
     return table["fwhm"] < 1.15 * table["fwhm"].min()  # type: ignore[no-any-return]
 
 
-def _mode(values: NDArray[np.float64], width: float = 0.08) -> float:
-    """Most common value, by a Gaussian kernel."""
-    density = np.exp(-0.5 * ((values[:, None] - values[None, :]) / width) ** 2).sum(axis=1)
+def _mode(values: NDArray[np.float64], weights: NDArray[np.float64], width: float = 0.08) -> float:
+    """Most common value, by a Gaussian kernel over weighted values."""
+    density = np.exp(-0.5 * ((values[:, None] - values[None, :]) / width) ** 2) @ weights
     return float(values[np.argmax(density)])
 
 
@@ -255,14 +262,18 @@ def _contamination(stars: NDArray[np.void], sources: NDArray[np.void]) -> NDArra
     return worst
 
 
-def _spread(stars: NDArray[np.void], shape: tuple[int, int], n_max: int) -> NDArray[np.void]:
-    """The best stars, taken in turn from the cells of a 5×5 grid, so that no corner is left out."""
-    order = np.argsort(-stars["snr"], kind="stable")
-    stars = stars[order]
+def _spread(stars: NDArray[np.void], shape: tuple[int, int], config: PsfConfig) -> NDArray[np.void]:
+    """The best stars, taken in turn from the cells of a 5×5 grid, so that no corner is left out.
+
+    Faint stars tell little of the PSF and hide what they are; only cells that have few take them.
+    """
+    stars = stars[np.argsort(-stars["snr"], kind="stable")]
     ny, nx = shape
     cell = (5 * stars["y"] / ny).astype(int) * 5 + (5 * stars["x"] / nx).astype(int)
     rank = np.zeros(len(stars), dtype=int)
     for c in np.unique(cell):
         here = cell == c
         rank[here] = np.arange(np.count_nonzero(here))
-    return stars[np.sort(np.argsort(rank, kind="stable")[:n_max])]
+    keep = np.flatnonzero((stars["snr"] > 2 * config.snr_min) | (rank < _FAINT_PER_CELL))
+    best = keep[np.argsort(rank[keep], kind="stable")[: config.max_stars]]
+    return stars[np.sort(best)]
