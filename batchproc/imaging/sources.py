@@ -123,12 +123,12 @@ def bright_stars(sources: Sources, *, snr_of_flux: float, misfit: float, fwhm: f
 
     A PSF model that is wrong by a fraction `misfit` of a star leaves that fraction of the star's S/N behind: in the
     core, where `subtract` counts it as noise, and less evenly in the wings, where it was not measured. Stars count as
-    too bright from 12 sigma of misfit on, and their residuals reach 5 FWHM, about as far as the model itself.
+    too bright from 20 sigma of misfit on, and their residuals reach 5 FWHM, about as far as the model itself.
 
     Parameters
     ----------
     sources : Sources
-        Of the reference. Extended ones count with the part of their flux that one PSF holds.
+        Of the reference. Those of more than twice the PSF's width count with the part that one such PSF holds.
     snr_of_flux : float
         S/N of a source of unit flux (in the units of `sources`) in S: flux ratio times √F_S.
     misfit : float
@@ -136,6 +136,6 @@ def bright_stars(sources: Sources, *, snr_of_flux: float, misfit: float, fwhm: f
     fwhm : float
         Of the wider of the two PSFs, pixels.
     """
-    core = np.minimum(1.0, (fwhm / np.maximum(sources.fwhm, 1e-3)) ** 2)
-    bright = misfit * snr_of_flux * sources.flux * core > 12.0
+    core = np.minimum(1.0, (2 * fwhm / np.maximum(sources.fwhm, 1e-3)) ** 2)
+    bright = misfit * snr_of_flux * sources.flux * core > 20.0
     return BrightStars(sources.x[bright], sources.y[bright], np.full(int(bright.sum()), 5.0 * fwhm))
