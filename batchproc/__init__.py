@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from batchproc.config import Config
-    from batchproc.distribute.campaign import run
     from batchproc.errors import BatchprocError, ExposureError
     from batchproc.flow import process_image
     from batchproc.imaging import simulate
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from batchproc.io.manifest import read_manifest
     from batchproc.io.models import load_model
     from batchproc.io.stamps import open_stamps
+    from batchproc.job import run
     from batchproc.records import Flag, MaskBit
 
 __version__ = "0.1.0"
@@ -39,7 +39,7 @@ _HOMES = {
     "open_stamps": "batchproc.io.stamps",
     "process_image": "batchproc.flow",
     "read_manifest": "batchproc.io.manifest",
-    "run": "batchproc.distribute.campaign",
+    "run": "batchproc.job",
     "zogy": "batchproc.imaging.zogy",
 }
 

@@ -9,11 +9,12 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
 from batchproc.config import Config
-from batchproc.errors import AlignError
+from batchproc.errors import AlignError, ModelError
 from batchproc.io.run_folder import RunFolder
 from batchproc.records import CATALOGUE, ManifestEntry, Receipt
 
@@ -81,3 +82,33 @@ def begin(path: Path, *names: str) -> RunFolder:
     folder = RunFolder(path)
     folder.freeze(entries(*names), CONFIG, lambda: "")
     return folder
+
+
+class Model:
+    """Scores are a hundredth of the row number that the stamp carries."""
+
+    version, hash, normalisation, classes = "1", "0" * 64, "none", ("real",)
+    card = SimpleNamespace(input=SimpleNamespace(features=()))
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def predict(self, stamps, features=None, *, batch=256):
+        if self.name == "unfit":
+            raise ModelError(f"stamps of {stamps.shape[-1]} pixels; it looks at 63")
+        return stamps[:, 0, 0, 1] / 100
+
+
+def load_model(name: str, threads: int) -> Model:
+    if name == "nonsense":
+        raise ModelError("no model 'nonsense'; known: stub")
+    return Model(name)
+
+
+def report(folder: Path) -> Path:
+    (folder / "report.html").write_text("<html>")
+    return folder / "report.html"
+
+
+def broken_report(folder: Path) -> Path:
+    raise RuntimeError("no ink")

@@ -19,7 +19,10 @@ FLOORS = {
     "io": 2,
     "flow": 3,
     "distribute": 4,
+    "display": 5,
     "report": 5,
+    "job": 5,
+    "demo": 5,
     "cli": 5,
 }
 #: Beside the house: may import anything, and nothing imports it.

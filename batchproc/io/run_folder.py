@@ -168,7 +168,7 @@ class RunFolder:
             The folder holds something else.
         """
         if self.record.is_file():
-            self._check(entries, config)
+            self.check(entries, config)
         else:
             self._begin(entries, config, wisdom)
 
@@ -221,7 +221,8 @@ class RunFolder:
         }
         write_text(self.record, json.dumps(record, indent=2) + "\n")
 
-    def _check(self, entries: Sequence[ManifestEntry], config: Config) -> None:
+    def check(self, entries: Sequence[ManifestEntry], config: Config) -> None:
+        """Raise `RunMismatchError` where these are not the images and settings that the run was begun with."""
         record = self._read_record()
         if config.digest != record["config_digest"]:
             changes = _config_changes(self.config(), config)
@@ -242,7 +243,9 @@ class RunFolder:
 
 
 #: What a run folder may hold before `run.json` is in it (a driver was killed while it froze the run).
+#: The demo keeps its simulated night in there too, and anyone may put a truth table beside the catalogue.
 _OWN = {".lock", "manifest.parquet", "config.toml", "fftw_wisdom", "catalogue", "stamps", "done", "log"}
+_OWN |= {"night", "truth.parquet"}
 
 
 def _config_changes(old: Config, new: Config) -> list[str]:

@@ -1,0 +1,128 @@
+"""What runs on a worker: one image, or one chunk of stamps. In: a path and an id. Out: files, and a short receipt.
+
+A task owns the files that carry its id. It writes them whole or not at all, the done-marker last, so that it may be
+killed at any moment, or run twice.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from batchproc.config import Config
+from batchproc.distribute.threads import limit_threads
+from batchproc.errors import ExposureError
+from batchproc.imaging.fft import import_wisdom
+from batchproc.io.catalogue import read_part, write_part, write_scores
+from batchproc.io.progress import mark_done
+from batchproc.io.run_folder import RunFolder
+from batchproc.io.stamps import read_stamps, write_stamps
+from batchproc.records import ManifestEntry, Receipt
+
+__all__ = ["Chunk", "Job", "classify_chunk", "process_image"]
+
+#: `batchproc.flow.process_image`, or a stand-in with its face.
+Process = Callable[[ManifestEntry, Config], Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all tasks of a run share; a few bytes.
+
+    Attributes
+    ----------
+    run : str
+        The run folder.
+    threads : int
+        For every library of the process.
+    """
+
+    run: str
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Whole images whose candidates are scored by one task."""
+
+    image_ids: tuple[str, ...]
+    n_candidates: int
+
+
+def process_image(job: Job, process: Process, entry: ManifestEntry) -> Receipt:
+    """Process one image and store what comes out; never raises for what the image does.
+
+    Returns
+    -------
+    Receipt
+        ``done`` when everything is on the disk; ``failed`` for an `ExposureError`; ``bug`` for anything else, with its
+        traceback.
+    """
+    folder, config = _prepare(job)
+    cpu = time.process_time()
+    try:
+        result = process(entry, config)
+        start = time.perf_counter()
+        write_part(folder.catalogue_part(entry.image_id), result.catalogue)
+        write_stamps(folder.stamps_part(entry.image_id), result.stamps)
+        seconds = {**result.receipt.seconds, "store": time.perf_counter() - start}
+        receipt: Receipt = replace(result.receipt, seconds=seconds, **_use(cpu))
+        mark_done(folder, receipt, config.digest)
+        return receipt
+    except ExposureError as error:
+        return _failed(entry, "failed", error, cpu, stage=error.stage, metadata=error.metadata)
+    except Exception as error:
+        return _failed(entry, "bug", error, cpu, stage=_stage(error), traceback=traceback.format_exc())
+
+
+def classify_chunk(job: Job, model: Any, chunk: Chunk) -> int:
+    """Score the candidates of a chunk of images with a model; returns how many got a score."""
+    folder, config = _prepare(job)
+    names = list(model.card.input.features)
+    parts = [read_part(folder.catalogue_part(i), ["candidate_id", *names]) for i in chunk.image_ids]
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in ("candidate_id", *names)}
+    stamps = np.concatenate([read_stamps(folder.stamps_part(image_id)) for image_id in chunk.image_ids])
+    features = np.column_stack([columns[name] for name in names]) if names else None
+    scores = np.asarray(model.predict(stamps, features, batch=config.classify.batch), np.float32)
+    name = sha256("\n".join(chunk.image_ids).encode()).hexdigest()[:32]
+    write_scores(
+        folder.scores_of(model.name) / f"{name}.parquet", chunk.image_ids, columns["candidate_id"], scores, model
+    )
+    return int(np.isfinite(scores.reshape(len(scores), -1)).all(axis=1).sum())
+
+
+@lru_cache(maxsize=4)
+def _prepare(job: Job) -> tuple[RunFolder, Config]:
+    """Once in the life of a process and a run: its settings, FFTW's frozen plans, the number of threads."""
+    folder = RunFolder(Path(job.run))
+    wisdom = folder.wisdom_file.read_text()
+    if wisdom:
+        import_wisdom(wisdom)
+    limit_threads(job.threads)
+    return folder, replace(folder.config(), threads=job.threads)
+
+
+def _failed(entry: ManifestEntry, status: str, error: Exception, cpu: float, **details: Any) -> Receipt:
+    details |= {"status": status, "error": type(error).__name__, "message": str(error)}
+    return Receipt(image_id=entry.image_id, **details, **_use(cpu))
+
+
+def _use(cpu_at_start: float) -> dict[str, Any]:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"cpu_seconds": time.process_time() - cpu_at_start, "peak_memory_mb": peak}
+
+
+def _stage(error: Exception) -> str:
+    """The module in which a bug came to light."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [Path(frame.filename).stem for frame in frames if "batchproc" in Path(frame.filename).parts]
+    return ours[-1] if ours else "process"

@@ -1,0 +1,315 @@
+"""One run = one call: check, freeze, process what is missing, score, report.
+
+This is what stands behind the command line, and what a script calls.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from batchproc.config import Config
+from batchproc.display import say, show
+from batchproc.distribute.campaign import classify_chunks, plan_chunks, process_images
+from batchproc.distribute.clusters import dashboard, open_executor
+from batchproc.distribute.executors import Executor
+from batchproc.distribute.plan import Plan, plan_run, spread
+from batchproc.distribute.tasks import Chunk
+from batchproc.errors import ModelError
+from batchproc.flow import process_image
+from batchproc.imaging.fft import measure_wisdom
+from batchproc.io.manifest import read_manifest
+from batchproc.io.models import load_model
+from batchproc.io.progress import Status, finished_images, gather, read_status
+from batchproc.io.run_folder import RunFolder
+from batchproc.records import ManifestEntry
+from batchproc.report import write_report
+
+__all__ = ["RunSummary", "Steps", "classify", "plan", "retry", "run"]
+
+
+def _measure_wisdom(config: Config) -> str:
+    """FFTW's plans for every tile that the configuration allows."""
+    return measure_wisdom([(side, side) for side in (256, 512, 1024, 2048) if side <= config.subtract.tile])
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The work behind a run; tests put stand-ins in its place (functions of a module: worker processes import them)."""
+
+    process: Callable[[ManifestEntry, Config], Any] = process_image
+    model: Callable[[str, int], Any] = load_model
+    wisdom: Callable[[Config], str] = _measure_wisdom
+    report: Callable[[Path], Path] = write_report
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """How a run ended.
+
+    Attributes
+    ----------
+    status : Status
+        Of the run folder: images done, failed, missing; candidates.
+    processed, scored : int
+        Images tried, and candidates scored, by this call.
+    seconds : float
+        That it took.
+    stopped : bool
+        Too many bugs: images are missing that were not tried.
+    report : Path or None
+    problem : str
+        Traceback of what went wrong after the images (scoring, report); empty when nothing did.
+    """
+
+    status: Status
+    processed: int
+    scored: int
+    seconds: float
+    stopped: bool
+    report: Path | None
+    problem: str = ""
+
+    @property
+    def exit_code(self) -> int:
+        """0 all done; 1 finished, some images failed; 3 a bug."""
+        if self.stopped or self.problem or self.status.bugs:
+            return 3
+        return 1 if self.status.failed else 0
+
+
+def run(
+    manifest: str | Path | Sequence[ManifestEntry],
+    out: str | Path,
+    *,
+    config: Config | str | Path | None = None,
+    cluster: str = "local",
+    workers: int | None = None,
+    pilot: int | None = None,
+    report: bool = True,
+    max_bugs: int = 5,
+    quiet: bool = False,
+    steps: Steps = Steps(),
+) -> RunSummary:
+    """Find what changed in every image of a manifest; again on the same folder, do what is missing.
+
+    Parameters
+    ----------
+    manifest : path or sequence of ManifestEntry
+    out : path
+        The run folder; made, or continued. Images that failed before are left to `retry`.
+    config : Config or path of a TOML file, optional
+        By default that of the run that is continued, or the defaults.
+    cluster : str
+        ``"local"`` (a process a core), ``"serial"`` (here), or the address of a Dask scheduler. The results are the
+        same. Scripts that use ``"local"`` need the usual ``if __name__ == "__main__":``, since its processes import
+        the script.
+    workers : int, optional
+        Processes of a local cluster.
+    pilot : int, optional
+        Only so many of the missing images, spread over the manifest, to measure them.
+    report : bool
+        Write ``report.html`` at the end.
+    max_bugs : int
+        Stop after more than this many images failed by a bug.
+    quiet : bool
+        Print nothing.
+    steps : Steps, optional
+        Stand-ins for the work, for tests.
+
+    Returns
+    -------
+    RunSummary
+
+    Raises
+    ------
+    ConfigError, ManifestError, ModelError, RunMismatchError, UsageError
+        Before anything is computed.
+    """
+    folder = RunFolder(Path(out))
+    entries, settings = _entries(manifest), _settings(config, folder)
+    job = _Job(folder, settings, steps, cluster, workers, report, max_bugs, quiet)
+    with folder.locked():
+        folder.freeze(entries, settings, lambda: steps.wisdom(settings))
+        gather(folder)
+        tried = finished_images(folder)
+        todo = [entry for entry in entries if entry.image_id not in tried]
+        if tried:
+            say(f"{len(tried)} of {len(entries)} images were tried before; {len(todo)} are missing", quiet=quiet)
+        return job.carry_out(todo if pilot is None else spread(todo, pilot))
+
+
+def retry(
+    out: str | Path,
+    *,
+    cluster: str = "local",
+    workers: int | None = None,
+    report: bool = True,
+    max_bugs: int = 5,
+    quiet: bool = False,
+    steps: Steps = Steps(),
+) -> RunSummary:
+    """Try the images again that failed; arguments as for `run`."""
+    folder = RunFolder.existing(out)
+    job = _Job(folder, folder.config(), steps, cluster, workers, report, max_bugs, quiet)
+    with folder.locked():
+        gather(folder)
+        failed = {image_id for image_id, status in finished_images(folder).items() if status != "done"}
+        todo = [entry for entry in folder.entries() if entry.image_id in failed]
+        say(f"{len(todo)} images failed before and are tried again", quiet=quiet)
+        return job.carry_out(todo)
+
+
+def classify(
+    out: str | Path,
+    model: str,
+    *,
+    cluster: str = "local",
+    workers: int | None = None,
+    quiet: bool = False,
+    steps: Steps = Steps(),
+) -> int:
+    """Score a run with a model; returns the number of candidates that were scored now.
+
+    What the model has scored before is left as it is. The scores are the column ``score_<model>`` of `open_catalogue`.
+
+    Parameters
+    ----------
+    out : path
+        A run folder.
+    model : str
+        A bundled or added model, or the path of one.
+    cluster, workers, quiet, steps
+        As for `run`.
+    """
+    folder = RunFolder.existing(out)
+    settings = folder.config()
+    settings = replace(settings, classify=replace(settings.classify, model=model))
+    job = _Job(folder, settings, steps, cluster, workers, report=False, max_bugs=0, quiet=quiet)
+    with folder.locked():
+        gather(folder)
+        chunks = job.unscored()
+        if chunks:
+            with open_executor(cluster, workers, settings.threads, len(chunks)) as executor:
+                job.score(chunks, executor)
+    return sum(chunk.n_candidates for chunk in chunks)
+
+
+def plan(
+    manifest: str | Path | Sequence[ManifestEntry], out: str | Path, *, config: Config | str | Path | None = None
+) -> Plan:
+    """What `run` would do; computes and writes nothing."""
+    folder = RunFolder(Path(out))
+    entries, settings = _entries(manifest), _settings(config, folder)
+    if folder.record.is_file():
+        folder.check(entries, settings)
+    return plan_run(folder, entries, settings)
+
+
+class _Job:
+    """What the calls above have in common: the work on one run folder, once it is known what to do.
+
+    The model is loaded at once, so that a wrong name is known before the first image.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        settings: Config,
+        steps: Steps,
+        cluster: str,
+        workers: int | None,
+        report: bool,
+        max_bugs: int,
+        quiet: bool,
+    ) -> None:
+        self.folder, self.settings, self.steps = folder, settings, steps
+        self.cluster, self.workers = cluster, workers
+        self.report, self.max_bugs, self.quiet = report, max_bugs, quiet
+        name = settings.classify.model
+        self.model = steps.model(name, settings.threads) if name else None
+
+    def carry_out(self, todo: Sequence[ManifestEntry]) -> RunSummary:
+        """Process images, score what is not scored, gather the log, report."""
+        start = time.monotonic()
+        receipts: Counter[str] = Counter()
+        scored, problem, path = 0, "", None
+        chunks = self.unscored()
+        try:
+            if todo or chunks:
+                tasks = max(len(todo), len(chunks))
+                with open_executor(self.cluster, self.workers, self.settings.threads, tasks) as executor:
+                    if dashboard(executor):
+                        say(f"watch it at {dashboard(executor)}", quiet=self.quiet)
+                    receipts = self.process(todo, executor)
+                    if receipts["bug"] <= self.max_bugs:
+                        scored = self.score(self.unscored(), executor)
+        except ModelError as error:  # the images are done; what follows goes on without scores
+            problem = f"scoring: {error}"
+        finally:
+            gather(self.folder)
+        if self.report:
+            try:
+                path = self.steps.report(self.folder.path)
+            except Exception:
+                problem = traceback.format_exc()
+        return RunSummary(
+            status=read_status(self.folder),
+            processed=len(todo),
+            scored=scored,
+            seconds=time.monotonic() - start,
+            stopped=receipts["bug"] > self.max_bugs,
+            report=path,
+            problem=problem,
+        )
+
+    def process(self, todo: Sequence[ManifestEntry], executor: Executor) -> Counter[str]:
+        """Process images; returns how many ended how."""
+        ended: Counter[str] = Counter()
+        receipts = process_images(
+            self.folder,
+            todo,
+            executor,
+            process=self.steps.process,
+            threads=self.settings.threads,
+            max_bugs=self.max_bugs,
+        )
+
+        def failed() -> str:
+            n = ended["failed"] + ended["bug"]
+            return f"{n} failed" if n else ""
+
+        for receipt in show(receipts, len(todo), "images", note=failed, quiet=self.quiet):
+            ended[receipt.status] += 1
+        return ended
+
+    def unscored(self) -> list[Chunk]:
+        """What the model has not scored yet."""
+        return [] if self.model is None else list(plan_chunks(self.folder, self.model))
+
+    def score(self, chunks: Sequence[Chunk], executor: Executor) -> int:
+        """Score chunks; returns the number of candidates in them."""
+        if not chunks:
+            return 0
+        total = sum(chunk.n_candidates for chunk in chunks)
+        finished = classify_chunks(self.folder, chunks, executor, model=self.model, threads=self.settings.threads)
+        for _ in show(finished, total, "candidates scored", count=lambda c: c.n_candidates, quiet=self.quiet):
+            pass
+        return total
+
+
+def _entries(manifest: str | Path | Sequence[ManifestEntry]) -> list[ManifestEntry]:
+    return read_manifest(manifest) if isinstance(manifest, (str, Path)) else list(manifest)
+
+
+def _settings(config: Config | str | Path | None, folder: RunFolder) -> Config:
+    if isinstance(config, Config):
+        return config
+    if config is not None:
+        return Config.from_toml(config)
+    return folder.config() if folder.record.is_file() else Config()
