@@ -179,48 +179,64 @@ def _clean(table: NDArray[np.void], bad: NDArray[np.bool_], saturation: float, c
 def _alike(table: NDArray[np.void], frame: Frame, config: PsfConfig) -> NDArray[np.bool_]:
     """Sources whose shape is that of the stars at their place.
 
-    The stars' shape is a polynomial in (x, y) through the densest ridge of the brighter sources: a redescending fit,
-    begun at the most common size and narrowed step by step while the polynomial gains terms.
+    The stars' shape is a polynomial in (x, y) through a ridge of the brighter sources. Several are tried: one begun
+    wide, at the most common size (a PSF that varies much), and some begun narrow, at each of the sizes that bright
+    sources share (few stars among many galaxies). Stars are alike and bright, galaxies are neither: the ridge that
+    gathers most light of the least spread is theirs.
     """
     if len(table) < 4:
         return _near_smallest(table)
     shape = log_shape(table)
     # Error of a logarithm of a second moment, and of what is measured through noise.
     error = 2.5 / table["snr"]
-    ridge = np.argsort(-table["snr"], kind="stable")[: max(60, min(400, len(table) // 2))]
-    size = shape[ridge, 0]
-    guess = np.median(shape[ridge], axis=0)
-    # Where galaxies outnumber stars, the stars still are the brighter, the smaller and the more alike of the two.
-    guess[0] = _mode(size, np.sqrt(table["snr"][ridge]))
-    near = np.abs(size - guess[0]) < 0.3
-    if near.any():
-        guess[1:] = np.median(shape[ridge][near, 1:], axis=0)
+    bright = np.argsort(-table["snr"], kind="stable")[: max(60, min(400, len(table) // 2))]
+    size, light = shape[bright, 0], np.sqrt(table["snr"][bright])
+    starts = [(_modes(size, np.ones(len(size)), 0.08, 1)[0], (0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05))]
+    starts += [(mode, (0.06, 0.05)) for mode in _modes(size, light, 0.03, 4)]
+    ridges = [_ridge(table, shape, error, bright, frame, *start) for start in starts]
+    expected, spread, _ = max(ridges, key=lambda ridge: ridge[2])
+    limit = 4.0 * np.hypot(spread, error)
+    return _distance(shape, expected) < np.minimum(limit, 0.25)  # type: ignore[no-any-return]
 
+
+def _ridge(
+    table: NDArray[np.void],
+    shape: NDArray[np.float64],
+    error: NDArray[np.float64],
+    bright: NDArray[np.integer],
+    frame: Frame,
+    start: float,
+    widths: tuple[float, ...],
+) -> tuple[NDArray[np.float64], float, float]:
+    """A redescending fit, narrowed step by step while the polynomial gains terms.
+
+    Returns the expected shape at each source's place, the spread of the sources about it, and how much light of how
+    little spread it has gathered.
+    """
+    size = shape[bright, 0]
+    near = np.abs(size - start) < 0.6 * widths[0]
+    guess = np.array([start, *np.median(shape[bright][near if near.any() else slice(None), 1:], axis=0)])
     expected = np.broadcast_to(guess, shape.shape)
-    spread = 0.5
-    for width in (0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.0, 0.0, 0.0):
-        away = _distance(shape, expected, 0.0)
+    spread, gathered = widths[0], 0.0
+    for width in (*widths, 0.0, 0.0, 0.0):
+        away = _distance(shape, expected)
         if width == 0.0:
-            inside = ridge[away[ridge] < 4 * np.hypot(spread, error[ridge])]
+            inside = bright[away[bright] < 4 * np.hypot(spread, error[bright])]
             if inside.size < 4:
                 break
             spread = max(0.01, 1.2 * float(np.median(away[inside])) / 1.5382)  # median of chi with 3 d.o.f.
-        scale = np.hypot(max(width, spread if width == 0.0 else width), error)
-        z = away[ridge] / scale[ridge]
-        if width > 0.1:  # galaxies lie on the side of the larger
-            z = np.where(shape[ridge, 0] > expected[ridge, 0], 3.0 * z, z)
-        weight = np.where(z < 4.0, (1 - (z / 4.0) ** 2) ** 2, 0.0) / scale[ridge] ** 2
-        if width > 0.1:
-            weight *= np.sqrt(table["snr"][ridge])
+            gathered = float(np.sum(np.sqrt(table["snr"][inside]))) / (spread + 0.01)
+        scale = np.hypot(spread if width == 0.0 else width, error)
+        z = away[bright] / scale[bright]
+        weight = np.where(z < 4.0, (1 - (z / 4.0) ** 2) ** 2, 0.0) / scale[bright] ** 2
         count = np.count_nonzero(weight)
         degree = max((d for d in (0, 1, 2, 3) if count >= 6 * n_terms(d) and d <= _degree_for(width)), default=0)
         basis = frame.terms(table["x"], table["y"], degree)
         root = np.sqrt(weight)[:, None]
         if count >= 4:
-            solution = np.linalg.lstsq(basis[ridge] * root, shape[ridge] * root, rcond=1e-8)[0]
+            solution = np.linalg.lstsq(basis[bright] * root, shape[bright] * root, rcond=1e-8)[0]
             expected = basis @ solution
-    limit = 4.0 * np.hypot(spread, error)
-    return _distance(shape, expected, 0.0) < np.minimum(limit, 0.25)  # type: ignore[no-any-return]
+    return expected, spread, gathered
 
 
 def _degree_for(width: float) -> int:
@@ -228,8 +244,8 @@ def _degree_for(width: float) -> int:
     return 0 if width > 0.4 else 1 if width > 0.3 else 2 if width > 0.1 else 3
 
 
-def _distance(shape: NDArray[np.float64], expected: NDArray[np.float64], softening: float) -> NDArray[np.float64]:
-    return np.sqrt(np.sum((shape - expected) ** 2, axis=1) + softening**2)  # type: ignore[no-any-return]
+def _distance(shape: NDArray[np.float64], expected: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.sqrt(np.sum((shape - expected) ** 2, axis=1))  # type: ignore[no-any-return]
 
 
 def _near_smallest(table: NDArray[np.void]) -> NDArray[np.bool_]:
@@ -239,10 +255,16 @@ def _near_smallest(table: NDArray[np.void]) -> NDArray[np.bool_]:
     return table["fwhm"] < 1.15 * table["fwhm"].min()  # type: ignore[no-any-return]
 
 
-def _mode(values: NDArray[np.float64], weights: NDArray[np.float64], width: float = 0.08) -> float:
-    """Most common value, by a Gaussian kernel over weighted values."""
+def _modes(values: NDArray[np.float64], weights: NDArray[np.float64], width: float, n: int) -> list[float]:
+    """The `n` most common values, by a Gaussian kernel over weighted values, apart from each other by four widths."""
     density = np.exp(-0.5 * ((values[:, None] - values[None, :]) / width) ** 2) @ weights
-    return float(values[np.argmax(density)])
+    modes: list[float] = []
+    for index in np.argsort(-density, kind="stable"):
+        if len(modes) == n:
+            break
+        if all(abs(values[index] - mode) > 4 * width for mode in modes):
+            modes.append(float(values[index]))
+    return modes
 
 
 def _contamination(stars: NDArray[np.void], sources: NDArray[np.void]) -> NDArray[np.float64]:
