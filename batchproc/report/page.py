@@ -128,7 +128,8 @@ def _card(candidate: Candidate) -> dict[str, Any]:
     """A triplet of a gallery."""
     row = candidate.row
     signal = row["flux"] / row["flux_err"] if row["flux_err"] else np.nan
-    brightness = f"mag {row['mag']:.2f}" if np.isfinite(row["mag"]) else f"flux {row['flux']:.4g}"
+    name = f"{row['filter']} =" if 0 < len(row["filter"]) <= 3 else "mag"
+    brightness = f"{name} {row['mag']:.2f}" if np.isfinite(row["mag"]) else f"flux {row['flux']:.4g}"
     sky = f"{row['ra']:.5f} {row['dec']:+.5f}" if np.isfinite(row["ra"]) else ""
     kind = "brightened" if row["scorr"] > 0 else "faded"
     score = f", score {candidate.score:.2f}" if np.isfinite(candidate.score) else ""
@@ -141,14 +142,18 @@ def _card(candidate: Candidate) -> dict[str, Any]:
         ),
         "score": f"{candidate.score:.2f}" if np.isfinite(candidate.score) else "",
         "likely": candidate.score >= REAL,
-        "scorr": f"{row['scorr']:+.1f} σ",
-        "signal": f"{signal:+.1f}",
+        "scorr": _signed(row["scorr"]) + " σ",
+        "signal": _signed(signal),
         "brightness": brightness,
         "sky": sky,
-        "filter": row["filter"],
         "flags": candidate.flags,
         "known": bool(candidate.known),
     }
+
+
+def _signed(value: float) -> str:
+    """One digit, with a typographer's minus."""
+    return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _filters(facts: Facts) -> list[dict[str, Any]]:
