@@ -8,13 +8,16 @@ told: alone, on galaxies, on stars (which then vary), and into the reference (th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
+import sep
 from numpy.typing import NDArray
+from scipy.ndimage import median_filter
+from scipy.spatial import cKDTree
 
 from batchproc.imaging.background import measure_background
 from batchproc.imaging.render import ParametricPsf
@@ -25,6 +28,7 @@ from batchproc.io.images import read_image, read_new, read_refs
 from batchproc.io.manifest import read_manifest
 from batchproc.io.night import simulate_night
 from batchproc.records import Exposure, MaskBit
+from batchproc.training.defects import spoil
 
 __all__ = ["COADD_SPLIT", "Case", "coadd_cases", "coadd_region", "draw_scene", "pair_cases", "simulated_cases"]
 
@@ -38,6 +42,7 @@ COADD_SPLIT: dict[str, tuple[tuple[int, int], ...]] = {
     "test": tuple((3, j) for j in range(4)),
 }
 
+CARELESS = 0.4  # of the cases that are learnt from and tested on
 ToRef = Callable[[NDArray, NDArray], tuple[NDArray, NDArray]]
 
 
@@ -54,6 +59,11 @@ class Case:
     refs : tuple of Exposure
     truth : structured ndarray (n,)
         `PLANTED`.
+    doubtful : ndarray (k, 2)
+        Places (x, y) where something real may have changed that nobody planted.
+    careless : bool
+        Subtract it without the terms for source noise and star residuals and without refined registration, as
+        simpler pipelines do: many more stars leave residuals then.
     """
 
     name: str
@@ -61,6 +71,8 @@ class Case:
     new: Exposure
     refs: tuple[Exposure, ...]
     truth: NDArray
+    doubtful: NDArray = field(default_factory=lambda: np.zeros((0, 2)))
+    careless: bool = False
 
 
 # --- Simulated nights -------------------------------------------------------------------------------------------------
@@ -104,16 +116,18 @@ def simulated_cases(seed: int, *, n_images: int = 2, size: int = 1024) -> Iterat
         manifest = simulate_night(
             folder, n_images=n_images, size=size, seed=seed, n_transients=35, scene=draw_scene(rng)
         )
-        truth = pd.read_parquet(Path(folder) / "truth.parquet")
+        table = pd.read_parquet(Path(folder) / "truth.parquet")
         for entry in read_manifest(manifest):
             new, ref = read_new(entry), read_refs(entry)[0]
-            rows = truth[truth["image_id"] == entry.image_id]
+            rows = table[table["image_id"] == entry.image_id]
             known = np.zeros(len(rows), PLANTED)
             for name in ("x", "y", "snr", "kind"):
                 known[name] = rows[name]
             known["flux"] = rows["flux"] * new.gain
-            new, ref, planted = plant(new, ref, _by_wcs(new, ref), rng, n=25, taken=known)
-            yield Case(f"night{seed}-{entry.image_id}", f"night{seed}", new, (ref,), np.concatenate([known, planted]))
+            new, ref, planted = plant(new, ref, _by_wcs(new, ref), rng, n=40, taken=known, defects=True)
+            truth = np.concatenate([known, planted])
+            name = f"night{seed}-{entry.image_id}"
+            yield Case(name, f"night{seed}", new, (ref,), truth, careless=bool(rng.uniform() < CARELESS))
 
 
 # --- Real images ------------------------------------------------------------------------------------------------------
@@ -174,17 +188,56 @@ def coadd_cases(coadd: Exposure, part: str, seed: int) -> Iterator[Case]:
             xr, yr = matrix[:, :2] @ np.stack([x, y]) + matrix[:, 2:]
             return xr, yr
 
-        new, ref, truth = plant(new, ref, to_ref, rng, n=70)
+        new, ref, truth = plant(new, ref, to_ref, rng, n=90, defects=True)
         name = f"coadd{column}{row}"
-        yield Case(f"{name}-{seed}", name, new, (ref,), truth)
+        yield Case(f"{name}-{seed}", name, new, (ref,), truth, careless=bool(rng.uniform() < CARELESS))
 
 
 def pair_cases(new: str | Path, ref: str | Path, seed: int, n: int = 120) -> Iterator[Case]:
-    """A real pair with transients planted."""
+    """A real pair with transients planted; what differs between the two by itself is doubtful."""
     rng = np.random.default_rng(seed)
     image, reference = read_image(new), read_image(ref)
+    doubtful = unpaired_sources(image, reference, _by_wcs(image, reference))
     image, reference, truth = plant(image, reference, _by_wcs(image, reference), rng, n=n)
-    yield Case(f"{Path(new).stem}-{Path(ref).stem}-{seed}", Path(new).stem, image, (reference,), truth)
+    yield Case(f"{Path(new).stem}-{seed}", Path(new).stem, image, (reference,), truth, doubtful)
+
+
+def unpaired_sources(new: Exposure, ref: Exposure, to_ref: ToRef) -> NDArray[np.float64]:
+    """Places (x, y) on new of stars that only one of the images has, by their source lists: no subtraction is involved.
+
+    A source (five pixels above 2 sigma) of one image is missing from the other where that has less than half its light
+    in an aperture of 3 pixels' radius, and the loss is significant at 5 sigma.
+    """
+    flats = [_without_large_scales(exposure) for exposure in (new, ref)]
+    listed = [sep.extract(flat, 2.0, err=noise, minarea=5) for flat, noise in flats]
+    x, y = listed[0]["x"], listed[0]["y"]
+    gained = np.column_stack([x, y])[_lost(flats, x, y, *to_ref(x, y))]
+    # The other way round, places on new come from the map's offset at the nearest point of a grid.
+    ny, nx = new.shape
+    grid = np.stack(np.meshgrid(np.arange(0, nx, 8.0), np.arange(0, ny, 8.0)), axis=-1).reshape(-1, 2)
+    grid_ref = np.column_stack(to_ref(grid[:, 0], grid[:, 1]))
+    x, y = listed[1]["x"], listed[1]["y"]
+    nearest = cKDTree(grid_ref).query(np.column_stack([x, y]))[1]
+    back = np.column_stack([x, y]) - (grid_ref - grid)[nearest]
+    return np.concatenate([gained, back[_lost(flats[::-1], x, y, back[:, 0], back[:, 1])]])
+
+
+def _without_large_scales(exposure: Exposure) -> tuple[NDArray[np.float32], float]:
+    """The image without sky and galaxies (a median over 15 pixels, taken of every third), and its noise."""
+    data = np.ascontiguousarray(exposure.data, dtype=np.float32)
+    coarse = median_filter(data[::3, ::3], 5)
+    ny, nx = data.shape
+    flat = data - coarse[np.ix_(np.arange(ny) // 3, np.arange(nx) // 3)]
+    return flat, 1.4826 * float(np.median(np.abs(flat - np.median(flat))))
+
+
+def _lost(
+    flats: list[tuple[NDArray[np.float32], float]], x: NDArray, y: NDArray, x_other: NDArray, y_other: NDArray
+) -> NDArray[np.bool_]:
+    light, _, _ = sep.sum_circle(flats[0][0], x, y, 3.0)
+    other, _, _ = sep.sum_circle(flats[1][0], x_other, y_other, 3.0)
+    noise = np.sqrt(9 * np.pi) * np.hypot(flats[0][1], flats[1][1])
+    return np.asarray((other < 0.5 * light) & (light - other > 5 * noise))
 
 
 def _by_wcs(new: Exposure, ref: Exposure) -> ToRef:
@@ -207,11 +260,13 @@ def plant(
     n: int,
     taken: NDArray | None = None,
     separation: float = 24.0,
+    defects: bool = False,
 ) -> tuple[Exposure, Exposure, NDArray]:
     """Both images with `n` transients or fewer, clear of those in `taken` and of bad pixels, and the truth (`PLANTED`).
 
     Of those that find room, some 40 % are alone, 20 % lie on extended sources, 40 % are stars that vary. One in five of
-    the first two has vanished since the reference was taken.
+    the first two has vanished since the reference was taken. With `defects`, particle hits, hot pixels and trails
+    besides (`spoil`).
     """
     places, psfs, sigmas = [], [], []
     for exposure in (new, ref):
@@ -230,7 +285,12 @@ def plant(
     data = inject(new.data, psfs[0], in_new["x"], in_new["y"], in_new["flux"], rng=rng)
     scale = _flux_ratio(places, to_ref)
     data_ref = inject(ref.data, psfs[1], x_ref[lost], y_ref[lost], -in_ref["flux"] / scale, rng=rng)
-    return replace(new, data=data.astype(np.float32)), replace(ref, data=data_ref.astype(np.float32)), truth
+    new, ref = replace(new, data=data.astype(np.float32)), replace(ref, data=data_ref.astype(np.float32))
+    if defects:
+        megapixels = new.data.size / 1e6
+        new = spoil(new, sigmas[0], psfs[0].fwhm, rng, hits=round(50 * megapixels), hot=round(15 * megapixels))
+        ref = spoil(ref, sigmas[1], psfs[1].fwhm, rng, hits=round(5 * megapixels), hot=round(15 * megapixels))
+    return new, ref, truth
 
 
 def own_psf(data: NDArray, rms: NDArray, exposure: Exposure, rng: np.random.Generator) -> ParametricPsf:

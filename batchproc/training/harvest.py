@@ -20,6 +20,8 @@ __all__ = ["Harvest", "harvest", "label"]
 
 #: Pixels of a stamp that is kept for training.
 STAMP_SIZE = 39
+#: Settings of a `Case` that is careless.
+CARELESS = {"subtract": {"source_noise": False, "star_residuals": False}, "align": {"refine": False}}
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Harvest:
     kind : ndarray (n,) str
         That of the transient; empty for artefacts.
     image, region : ndarray (n,) str
-        The image, and its part on a grid of 3 × 3: what bootstrap intervals are drawn by.
+        The image; its group and place on a grid of 3 × 3, by which bootstrap intervals are drawn.
     group : ndarray (n,) str
         See `Case`.
     """
@@ -65,7 +67,7 @@ class Harvest:
         return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
 
-def harvest(case: Case, *, threshold: float = 3.75, faint: int = 200, seed: int = 0) -> Harvest:
+def harvest(case: Case, *, threshold: float = 3.75, faint: int = 150, most: int = 500, seed: int = 0) -> Harvest:
     """Run the pipeline on a case and label what it finds; an empty harvest where it cannot process the images.
 
     Parameters
@@ -75,15 +77,18 @@ def harvest(case: Case, *, threshold: float = 3.75, faint: int = 200, seed: int 
         In sigma, lower than that of a survey: more artefacts to learn from.
     faint : int
         Of unflagged artefacts below 4.6 sigma, mere noise, at most so many are kept, drawn at random by `seed`.
+    most : int
+        Of the other artefacts, at most so many.
     """
-    config = Config.from_dict({"detect": {"threshold": threshold}, "cutouts": {"size": STAMP_SIZE}})
+    settings = {"detect": {"threshold": threshold}, "cutouts": {"size": STAMP_SIZE}}
+    config = Config.from_dict(settings | (CARELESS if case.careless else {}))
     try:
         result = subtract_exposures(case.new, align(case.new, case.refs, config.align), config, image_id=case.name)
     except ExposureError as error:
         print(f"{case.name}: left out: {error}")
         return _rows(case, np.zeros((0, 3, STAMP_SIZE, STAMP_SIZE), np.float32), {})
     catalogue = result.catalogue
-    real, match = label(catalogue, case.truth, fwhm=result.receipt.quality["fwhm_new"])
+    real, match = label(catalogue, case.truth, fwhm=result.receipt.quality["fwhm_new"], doubtful=case.doubtful)
     known = match >= 0
     columns = {
         "real": real == 1,
@@ -95,27 +100,34 @@ def harvest(case: Case, *, threshold: float = 3.75, faint: int = 200, seed: int 
         "y": catalogue["y"],
     }
     noise = (real == 0) & (catalogue["flags"] == 0) & (np.abs(catalogue["scorr"]) < 4.6)
-    drop = np.random.default_rng(seed).permutation(np.flatnonzero(noise))[faint:]
-    keep = np.setdiff1d(np.flatnonzero(real >= 0), drop)
+    random = np.random.default_rng(seed)
+    kept = [np.flatnonzero(real == 1)]
+    for rows, number in ((noise, faint), ((real == 0) & ~noise, most)):
+        kept.append(random.permutation(np.flatnonzero(rows))[:number])
+    keep = np.sort(np.concatenate(kept))
     return _rows(case, result.stamps[keep], {name: values[keep] for name, values in columns.items()})
 
 
-def label(catalogue: dict[str, NDArray], truth: NDArray, *, fwhm: float) -> tuple[NDArray[np.int8], NDArray[np.intp]]:
+def label(
+    catalogue: dict[str, NDArray], truth: NDArray, *, fwhm: float, doubtful: NDArray | None = None
+) -> tuple[NDArray[np.int8], NDArray[np.intp]]:
     """What each candidate is.
 
     Returns
     -------
     real : ndarray (n,) int8
         1: the detection of a transient (the nearest of the right sign); 0: an artefact; −1: neither, in the wings of
-        a transient, or with masked pixels at its core.
+        a transient, with masked pixels at its core, or at a doubtful place (x, y).
     match : ndarray (n,) intp
         Row of the transient, −1 for none.
     """
     n = len(catalogue["x"])
     real, match = np.zeros(n, np.int8), np.full(n, -1, np.intp)
+    found = np.column_stack([catalogue["x"], catalogue["y"]])
+    if n and doubtful is not None and len(doubtful):
+        real[cKDTree(doubtful).query(found)[0] < fwhm + 2.0] = -1
     if n == 0 or len(truth) == 0:
         return real, match
-    found = np.column_stack([catalogue["x"], catalogue["y"]])
     places = np.column_stack([truth["x"], truth["y"]])
     distance, nearest = cKDTree(places).query(found)
     real[distance < 2.0 * fwhm + 3.0] = -1
@@ -144,6 +156,6 @@ def _rows(case: Case, stamps: NDArray[np.float32], columns: dict[str, NDArray]) 
         snr=columns.get("snr", empty).astype(np.float64),
         kind=columns.get("kind", empty).astype("U8"),
         image=np.full(n, case.name, "U64"),
-        region=np.array([f"{case.name}/{k}" for k in tile], "U68"),
+        region=np.array([f"{case.group}/{k}" for k in tile], "U68"),
         group=np.full(n, case.group, "U64"),
     )

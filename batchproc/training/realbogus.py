@@ -42,9 +42,9 @@ THRESHOLD_SIGMA = 3.75  # of the search that stamps are taken from
 INPUT = InputCard(size=SIZE, normalisation="noise-log")
 
 #: Part → seeds of simulated nights, and of rounds over the coadd's regions of that part.
-NIGHTS = {"train": range(100, 116), "valid": range(200, 203), "test": range(300, 306)}
-ROUNDS = {"train": range(4), "valid": range(10, 12), "test": range(20, 24)}
-GOTO_SEEDS = range(5)
+NIGHTS = {"train": range(100, 112), "valid": range(200, 202), "test": range(300, 304)}
+ROUNDS = {"train": range(3), "valid": range(10, 12), "test": range(20, 23)}
+GOTO_SEEDS = range(4)
 
 
 # --- Stamps -----------------------------------------------------------------------------------------------------------
