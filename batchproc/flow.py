@@ -26,7 +26,7 @@ from batchproc.imaging.cutouts import cut, round_to_noise
 from batchproc.imaging.detect import Candidates, detect
 from batchproc.imaging.photometry import FluxRatio, measure_flux_ratio, psf_flux, source_variance
 from batchproc.imaging.psf import fit_psf
-from batchproc.imaging.sources import BrightStars, find_sources
+from batchproc.imaging.sources import BrightStars, bright_stars, find_sources
 from batchproc.imaging.stars import find_stars
 from batchproc.imaging.subtract import subtract
 from batchproc.io.images import read_new, read_refs
@@ -126,17 +126,22 @@ def subtract_exposures(
             star_residuals=config.subtract.star_residuals,
         )
     with clock("detect"):
-        candidates = detect(
-            subtraction.difference,
-            sources=find_sources(reference, sky_ref.rms, aligned.ref.mask),
-            bright=saturated_stars(subtraction.difference.mask, max(psf.fwhm, psf_ref.fwhm)),
-            config=config.detect,
+        sources = find_sources(reference, sky_ref.rms, aligned.ref.mask)
+        fwhm = max(psf.fwhm, psf_ref.fwhm)
+        f_s = subtraction.difference.kernels_at(new.shape[1] / 2, new.shape[0] / 2).f_s
+        bright = saturated_stars(subtraction.difference.mask, fwhm) + bright_stars(
+            sources,
+            snr_of_flux=ratio.value * np.sqrt(f_s),
+            misfit=subtraction.residuals.amplitude,
+            fwhm=fwhm,
         )
+        candidates = detect(subtraction.difference, sources=sources, bright=bright, config=config.detect)
     with clock("cutouts"):
         stamps = _stamps(image, reference, ratio.value, subtraction.difference, candidates, new, config)
     catalogue = _catalogue(candidates, new, psf, psf_ref, ratio, image_id)
     quality = {
         "shape": list(new.shape),
+        "filter": new.meta.get("filter") or "",
         "align_method": aligned.method,
         "n_matches": aligned.n_matches,
         "registration_rms_x": aligned.rms_x,
@@ -150,7 +155,7 @@ def subtract_exposures(
         "flux_ratio_error": ratio.error,
         "flux_ratio_scatter": ratio.scatter,
         "n_flux_ratio_stars": ratio.n_stars,
-        "f_s": subtraction.difference.kernels_at(new.shape[1] / 2, new.shape[0] / 2).f_s,
+        "f_s": f_s,
         "renormalisation": subtraction.renormalisation,
         "residual_amplitude": subtraction.residuals.amplitude,
         "residual_shift": subtraction.residuals.shift,
