@@ -18,7 +18,6 @@ from scipy.spatial import cKDTree
 
 from batchproc import simulate
 from batchproc.config import Config
-
 from batchproc.imaging.detect import detect
 from batchproc.imaging.subtract import subtract
 from batchproc.records import ManifestEntry
