@@ -67,7 +67,8 @@ def measure_background(
     Notes
     -----
     A cell that is mostly masked speaks through its good pixels; one with hardly any takes its neighbours' values.
-    The second pass works on the image less the first level, so that a steep gradient does not widen the noise.
+    A plane is taken out before: within a cell a steep gradient widens the noise, and at the edges of the mesh the
+    filter over its cells bends it.
     An image without a good pixel has level 0 and noise 1.
     """
     config = config or BackgroundConfig()
@@ -75,14 +76,33 @@ def measure_background(
     bad = ~np.isfinite(image) if mask is None else (np.asarray(mask) != 0) | ~np.isfinite(image)
     image = np.where(bad, np.float32(0), image)
 
+    plane = _plane(_mesh(image, bad, config)[0], bad)
+    image = np.where(bad, np.float32(0), image - plane)
     first, first_rms = _mesh(image, bad, config)
     flat = image - first
-    # Once more before sources are looked for: under a steep gradient the first noise is far too wide.
-    first_rms = _mesh(flat, bad, config)[1]
     correction, rms = _mesh(flat, bad | _sources(flat, first_rms, bad), config)
-    level = first + correction
+    level = plane + first + correction
     good = ~bad if not bad.all() else bad
     return Background(level, rms, float(np.median(level[good])), float(np.median(rms[good])))
+
+
+def _plane(level: NDArray[np.float32], bad: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """The plane through a level map, its outliers left out."""
+    ny, nx = level.shape
+    y, x = np.mgrid[0 : ny : max(1, ny // 32), 0 : nx : max(1, nx // 32)]
+    values = level[y, x].ravel().astype(np.float64)
+    basis = np.stack([np.ones(y.size), (x / nx - 0.5).ravel(), (y / ny - 0.5).ravel()], axis=-1)
+    weight = ~bad[y, x].ravel() if not bad[y, x].all() else np.ones(y.size, dtype=bool)
+    fit = np.array([np.median(values[weight]), 0.0, 0.0])
+    for _ in range(4):
+        fit = np.linalg.lstsq(basis[weight], values[weight], rcond=None)[0]
+        away = np.abs(values - basis @ fit)
+        near = weight & (away <= 3 * 1.4826 * np.median(away[weight]))
+        if np.count_nonzero(near) < weight.sum() / 2:
+            break
+        weight = near
+    columns, rows = np.arange(nx) / nx - 0.5, np.arange(ny) / ny - 0.5
+    return (fit[0] + fit[1] * columns[None, :] + fit[2] * rows[:, None]).astype(np.float32)  # type: ignore[no-any-return]
 
 
 def _mesh(
@@ -130,7 +150,7 @@ def _speak_for_masked(
 
 def _sources(flat: NDArray[np.float32], rms: NDArray[np.float32], bad: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Pixels that belong to sources, their outskirts included."""
-    objects, segments = extract_sources(flat, rms, bad, threshold=2.0, deblend=False)
+    objects, segments = extract_sources(flat, rms, bad, threshold=2.5, deblend=False)
     found = segments > 0
     # Faint outskirts reach beyond the last significant pixel, and farther the larger the source.
     reach = np.hypot(objects["a"], objects["b"]) > 3.0 if objects.size else np.zeros(0, dtype=bool)

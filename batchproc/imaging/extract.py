@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 __all__ = ["extract_sources"]
 
-#: Pixels above the threshold that SEP may hold at once; its default (3e5) is too small for a crowded 4k image.
-_PIXEL_STACK = 10_000_000
+#: Pixels above the threshold that SEP may hold at once, at least: its default. A crowded 4k image needs more, but room
+#: for them all takes longer to make than a small image to search.
+_PIXEL_STACK = 300_000
 
 
 def extract_sources(
@@ -50,10 +51,10 @@ def extract_sources(
     segments : ndarray (ny, nx) int32
         Row of the source that owns the pixel, plus one; 0 for sky.
     """
-    sep.set_extract_pixstack(max(_PIXEL_STACK, data.size // 4))
+    sep.set_extract_pixstack(max(_PIXEL_STACK, data.size // 2))
     image = np.where(bad, 0.0, data).astype(np.float32)
-    noise = np.ascontiguousarray(rms, dtype=np.float32)
-    mask = np.ascontiguousarray(bad, dtype=bool)
+    noise = np.array(rms, dtype=np.float32, order="C")  # SEP takes no read-only arrays, even to read
+    mask = np.array(bad, dtype=bool, order="C")
     # SEP refuses images with too many overlapping sub-objects; a higher threshold leaves fewer of them.
     for factor, contrast in ((1.0, 0.005 if deblend else 1.0), (1.0, 0.05), (2.0, 1.0), (4.0, 1.0), (16.0, 1.0)):
         try:

@@ -191,7 +191,9 @@ def _alike(table: NDArray[np.void], frame: Frame, config: PsfConfig) -> NDArray[
     error = 2.5 / table["snr"]
     bright = np.argsort(-table["snr"], kind="stable")[: max(60, min(400, len(table) // 2))]
     size, light = shape[bright, 0], np.sqrt(table["snr"][bright])
-    starts = [(_modes(size, np.ones(len(size)), 0.08, 1)[0], (0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05))]
+    starts: list[tuple[float, tuple[float, ...]]] = [
+        (_modes(size, np.ones(len(size)), 0.08, 1)[0], (0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05))
+    ]
     starts += [(mode, (0.06, 0.05)) for mode in _modes(size, light, 0.03, 4)]
     ridges = [_ridge(table, shape, error, bright, frame, *start) for start in starts]
     expected, spread, _ = max(ridges, key=lambda ridge: ridge[2])
