@@ -40,7 +40,8 @@ class Trail:
         start, way = np.array([self.x0, self.y0]), np.array([self.x1 - self.x0, self.y1 - self.y0])
         points = np.column_stack([x, y]) - start
         along = np.clip(points @ way / max(float(way @ way), 1e-12), 0, 1)
-        return np.hypot(*(points - along[:, None] * way).T)
+        off = points - along[:, None] * way
+        return np.hypot(off[:, 0], off[:, 1])
 
 
 def find_trails(score_corr: NDArray[np.floating], fwhm: float) -> list[Trail]:
