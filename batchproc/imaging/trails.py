@@ -7,6 +7,7 @@ gives is followed to its ends.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ def find_trails(score_corr: NDArray[np.floating], fwhm: float) -> list[Trail]:
     trails: list[Trail] = []
     for width in (fwhm, 3 * fwhm):  # sharp lines first; then broad trails, out of focus or bent by distortion
         # Angles as fine as the image's diagonal asks: a long trail must not leave its line.
-        n_angles = int(np.ceil(np.pi * np.hypot(*score_corr.shape) / (2 * width)))
+        n_angles = int(np.ceil(np.pi * math.hypot(*score_corr.shape) / (2 * width)))
         angles = np.arange(n_angles) * np.pi / n_angles
         for _ in range(_AT_MOST):
             line = _best_line(points, angles, width, score_corr.shape)
@@ -99,7 +100,7 @@ def _best_line(points: NDArray, angles: NDArray, width: float, shape: tuple[int,
     """(angle of the normal, distance from the origin) of the line with the most votes above chance, if significant."""
     if len(points) < 10:
         return None
-    reach = float(np.hypot(*shape))
+    reach = math.hypot(*shape)
     n_bins = int(2 * reach / width) + 2
     by_chance = len(points) / (shape[0] * shape[1]) * width
     best, excess = None, _EXCESS
