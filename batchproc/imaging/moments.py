@@ -70,8 +70,9 @@ def _moments(image, xs, ys, variance0, out):  # type: ignore[no-untyped-def]  # 
         x, y = xs[n], ys[n]
         xx, yy, xy = variance0, variance0, 0.0
         flux, ok = 0.0, False
+        widest = max(150.0, 9.0 * variance0)
         for _ in range(60):
-            if not (xx > 0.0 and yy > 0.0 and xx * yy > xy * xy and xx < 900.0 and yy < 900.0):
+            if not (xx > 0.0 and yy > 0.0 and xx * yy > xy * xy and xx < widest and yy < widest):
                 break
             wxx, wyy, wxy = _at_least(xx, yy, xy, NARROWEST)
             det = wxx * wyy - wxy * wxy

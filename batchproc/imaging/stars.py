@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
-from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from batchproc.config import PsfConfig
@@ -168,12 +168,24 @@ def _clean(table: NDArray[np.void], bad: NDArray[np.bool_], saturation: float, c
     good &= (table["x"] > margin) & (table["x"] < nx - 1 - margin)
     good &= (table["y"] > margin) & (table["y"] < ny - 1 - margin)
     if good.any() and bad.any():
-        distance = ndimage.distance_transform_edt(~bad)
         rows = np.flatnonzero(good)
-        centre = np.rint([table["y"][rows], table["x"][rows]]).astype(int)
         major = np.sqrt((mean + np.hypot(half, table["xy"]))[rows])
-        good[rows] = distance[tuple(centre)] > 2.5 * major
+        good[rows] = _clear_of(bad, table["x"][rows], table["y"][rows], 2.5 * major)
     return good
+
+
+@njit(cache=True)
+def _clear_of(bad, xs, ys, radii):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """No bad pixel within the radius."""
+    ny, nx = bad.shape
+    clear = np.ones(xs.size, dtype=np.bool_)
+    for n in range(xs.size):
+        x, y, r = xs[n], ys[n], radii[n]
+        for j in range(max(0, int(y - r)), min(ny, int(y + r) + 2)):
+            for i in range(max(0, int(x - r)), min(nx, int(x + r) + 2)):
+                if bad[j, i] and (i - x) ** 2 + (j - y) ** 2 <= r * r:
+                    clear[n] = False
+    return clear
 
 
 def _alike(table: NDArray[np.void], frame: Frame, config: PsfConfig) -> NDArray[np.bool_]:
