@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from batchproc.config import Config
+from batchproc.distribute.memory import keep_freed_memory
 from batchproc.distribute.threads import limit_threads
 from batchproc.errors import ExposureError
 from batchproc.imaging.fft import import_wisdom
@@ -102,12 +103,13 @@ def classify_chunk(job: Job, model: Any, chunk: Chunk) -> int:
 
 @lru_cache(maxsize=4)
 def _prepare(job: Job) -> tuple[RunFolder, Config]:
-    """Once in the life of a process and a run: its settings, FFTW's frozen plans, the number of threads."""
+    """Once in the life of a process and a run: its settings, FFTW's frozen plans, threads, memory."""
     folder = RunFolder(Path(job.run))
     wisdom = folder.wisdom_file.read_text()
     if wisdom:
         import_wisdom(wisdom)
     limit_threads(job.threads)
+    keep_freed_memory()
     return folder, replace(folder.config(), threads=job.threads)
 
 
