@@ -22,12 +22,13 @@ from batchproc.config import Config
 from batchproc.errors import ExposureError, PsfError, SubtractError
 from batchproc.imaging.align import Aligned, align
 from batchproc.imaging.background import Background, measure_background
+from batchproc.imaging.centres import match_centres
 from batchproc.imaging.cutouts import cut, round_to_noise
 from batchproc.imaging.detect import Candidates, detect
 from batchproc.imaging.photometry import FluxRatio, measure_flux_ratio, psf_flux, source_variance
 from batchproc.imaging.psf import fit_psf
 from batchproc.imaging.sources import BrightStars, bright_stars, find_sources
-from batchproc.imaging.stars import find_stars
+from batchproc.imaging.stars import Stars, find_stars
 from batchproc.imaging.subtract import subtract
 from batchproc.io.images import read_new, read_refs
 from batchproc.records import CATALOGUE, Difference, Exposure, ManifestEntry, MaskBit, PsfLike, Receipt
@@ -105,7 +106,26 @@ def subtract_exposures(
     with clock("photometry"):
         variance = _total_variance(new, image, sky.rms, psf)
         variance_ref = _total_variance(aligned.ref, reference, rms_ref, psf_ref)
-        ratio = _flux_ratio(new, aligned.ref, image, reference, variance, variance_ref, psf, psf_ref, sky, config)
+        stars = find_stars(image, sky.rms, new.mask, saturation=new.saturation - sky.global_level, config=config.psf)
+        # Centroids and PSF fits differ by hundredths of a pixel: the PSF of ref goes where its stars are.
+        centres = match_centres(
+            image,
+            reference,
+            psf,
+            psf_ref,
+            stars.x,
+            stars.y,
+            variance_new=variance,
+            variance_ref=variance_ref,
+            mask_new=new.mask,
+            mask_ref=aligned.ref.mask,
+        )
+        psf_ref = centres.psf
+        ratio = _flux_ratio(new, aligned.ref, image, reference, variance, variance_ref, psf, psf_ref, stars)
+        # Flat fields and thin clouds make the ratio vary across the image; what is left is one number.
+        evened = ratio.image(new.shape)
+        reference, rms_ref, variance_ref = reference * evened, rms_ref * evened, variance_ref * evened**2
+        registration = (centres.rms_x, centres.rms_y) if centres.n_stars else (aligned.rms_x, aligned.rms_y)
     with clock("subtract"):
         subtraction = subtract(
             image,
@@ -119,7 +139,7 @@ def subtract_exposures(
             variance_ref=variance_ref if config.subtract.source_noise else None,
             mask_new=grow_saturated(new.mask, psf.fwhm),
             mask_ref=grow_saturated(aligned.ref.mask, psf_ref.fwhm),
-            registration_sigma=(aligned.rms_x, aligned.rms_y),
+            registration_sigma=registration,
             flux_ratio_error=ratio.error / ratio.value,
             tile=config.subtract.tile,
             renormalise=config.subtract.renormalise,
@@ -144,8 +164,8 @@ def subtract_exposures(
         "filter": new.meta.get("filter") or "",
         "align_method": aligned.method,
         "n_matches": aligned.n_matches,
-        "registration_rms_x": aligned.rms_x,
-        "registration_rms_y": aligned.rms_y,
+        "registration_rms_x": registration[0],
+        "registration_rms_y": registration[1],
         "sky_new": sky.global_level / new.gain,
         "sigma_new": sky.global_rms / new.gain,
         "sigma_ref": sky_ref.global_rms * ratio.value / new.gain,
@@ -266,15 +286,16 @@ def _flux_ratio(
     variance_ref: NDArray,
     psf: PsfLike,
     psf_ref: PsfLike,
-    sky: Background,
-    config: Config,
+    stars: Stars,
 ) -> FluxRatio:
     """F_new / F_ref from PSF fluxes of the same stars in both images, at positions measured on new."""
-    stars = find_stars(image, sky.rms, new.mask, saturation=new.saturation - sky.global_level, config=config.psf).table
-    flux, error, _, good = psf_flux(image, variance, new.mask, stars["x"], stars["y"], psf)
-    flux_ref, error_ref, _, good_ref = psf_flux(reference, variance_ref, ref.mask, stars["x"], stars["y"], psf_ref)
+    x, y = stars.x, stars.y
+    flux, error, _, good = psf_flux(image, variance, new.mask, x, y, psf)
+    flux_ref, error_ref, _, good_ref = psf_flux(reference, variance_ref, ref.mask, x, y, psf_ref)
     both = good & good_ref
-    ratio = measure_flux_ratio(flux[both], error[both], flux_ref[both], error_ref[both])
+    ratio = measure_flux_ratio(
+        flux[both], error[both], flux_ref[both], error_ref[both], x=x[both], y=y[both], shape=new.shape
+    )
     if ratio.n_stars == 0:
         raise SubtractError(
             f"{new.meta.get('path', '?')}: {int(both.sum())} of {len(stars)} stars can be measured in both images, "
