@@ -14,7 +14,9 @@ from enum import IntFlag
 from pathlib import Path
 from typing import Any
 
-from batchproc import config, records
+import click
+
+from batchproc import cli, config, records
 
 HERE = Path(__file__).parent
 MADE = "<!-- Made by docs/generate.py from {source}; change it there, then run `make docs`. -->"
@@ -62,6 +64,55 @@ def configuration() -> str:
     )
 
 
+def command_line() -> str:
+    """Every verb with its arguments, options and example."""
+    group = cli.cli
+    return page(
+        "The command line",
+        "batchproc/cli.py",
+        "`batchproc VERB --help` says the same. Results go to standard output, progress and errors to standard error.",
+        table(
+            ("exit code", "means"),
+            [
+                ("0", "all done"),
+                ("1", "finished; some images failed, and are listed"),
+                ("2", "usage or bad configuration; nothing was started"),
+                ("3", "stopped by a bug or a fault"),
+            ],
+        ),
+        *verbs(group, "batchproc"),
+    )
+
+
+def verbs(group: click.Group, prefix: str) -> list[str]:
+    """The sections of a group's verbs, and of the groups inside it."""
+    parts = []
+    for name, command in group.commands.items():
+        path = f"{prefix} {name}"
+        if isinstance(command, click.Group):
+            parts += verbs(command, path)
+            continue
+        arguments = [p for p in command.params if isinstance(p, click.Argument)]
+        options = [p for p in command.params if isinstance(p, click.Option)]
+        usage = " ".join([path, *(f"{p.human_readable_name}{'…' if p.nargs == -1 else ''}" for p in arguments)])
+        parts += [f"## `{usage}`", inspect.cleandoc(command.help or "")]
+        if options:
+            parts.append(table(("option", "meaning"), map(option_row, options)))
+        if command.epilog:
+            example = [line.strip() for line in command.epilog.splitlines() if line.startswith("  ")]
+            parts.append("\n".join(["```console", *(f"$ {line}" for line in example), "```"]))
+    return parts
+
+
+def option_row(option: click.Option) -> tuple[str, str]:
+    """Name and meaning of an option."""
+    value = "" if option.is_flag else f" {option.metavar or option.human_readable_name.upper()}"
+    default = f" Default: `{option.default}`." if option.show_default else ""
+    needed = " Required." if option.required else ""
+    meaning = " ".join((option.help or "").replace("[default:", "(default:").replace("]", ")").split())
+    return f"`{', '.join(option.opts)}{value}`", f"{meaning}{default}{needed}"
+
+
 def field_docs(cls: type) -> dict[str, str]:
     """The string under each field of a dataclass, by the field's name."""
     body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
@@ -104,7 +155,7 @@ def page(title: str, source: str, *parts: str) -> str:
     return "\n\n".join([f"# {title}", MADE.format(source=source), *parts]) + "\n"
 
 
-PAGES = {"catalogue.md": catalogue, "configuration.md": configuration}
+PAGES = {"catalogue.md": catalogue, "cli.md": command_line, "configuration.md": configuration}
 
 
 def main(arguments: list[str]) -> int:

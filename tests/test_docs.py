@@ -59,3 +59,13 @@ def test_every_flag_is_explained():
     """Each bit of the flags and masks has its meaning beside it."""
     for flags in (generator.records.Flag, generator.records.MaskBit):
         assert all(f"`{name}`" in generator.bits(flags) for name in flags.__members__)
+
+
+def test_every_verb_has_help_and_an_example():
+    """Each verb of the command line says what it does and shows a command to type."""
+    sections = generator.command_line().split("\n## ")[1:]
+    assert len(sections) >= 10
+    for section in sections:
+        head, *rest = section.split("\n\n")
+        assert rest[0][0].isupper(), head
+        assert "$ batchproc" in section, head
