@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 __all__ = ["TEMPORARY", "part_name", "remove", "remove_leftovers", "replacing", "write_bytes", "write_text"]
 
 TEMPORARY = ".tmp-"
+_PLAIN = re.compile(r"[\w~-][\w.~-]{0,149}", re.ASCII)  # what quote() leaves alone, in most ids all of it
 _LONGEST_NAME = 180  # of the 255 bytes of most file systems; suffixes and TEMPORARY need the rest
 
 
@@ -30,6 +32,8 @@ def part_name(identity: str) -> str:
     >>> part_name("ztf 1/2"), part_name(".hidden")
     ('ztf%201%2F2', '%2Ehidden')
     """
+    if _PLAIN.fullmatch(identity):
+        return identity
     name = quote(identity, safe="")
     if name.startswith("."):
         name = "%2E" + name[1:]
@@ -37,11 +41,6 @@ def part_name(identity: str) -> str:
         # quote() leaves '~' alone, so an id of that length could hold '~~' itself; its hash still tells them apart.
         name = f"{name[: _LONGEST_NAME - 34]}~~{sha256(identity.encode()).hexdigest()[:32]}"
     return name
-
-
-def identity_of(name: str) -> str | None:
-    """The id behind a `part_name`; None where it was cut (look inside the file)."""
-    return None if "~~" in name else unquote(name)
 
 
 @contextmanager

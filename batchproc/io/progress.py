@@ -86,11 +86,8 @@ def mark_done(folder: RunFolder, receipt: Receipt, config_digest: str) -> None:
 
 def done_images(folder: RunFolder, image_ids: Iterable[str]) -> set[str]:
     """Those of the images that have a done-marker (one listing of the folder, whatever their number)."""
-    if not folder.done.is_dir():
-        return set()
-    with os.scandir(folder.done) as files:
-        names = {file.name.removesuffix(".json") for file in files}
-    return {image_id for image_id in image_ids if part_name(image_id) in names}
+    marked = _marked(folder)
+    return {image_id for image_id in image_ids if part_name(image_id) in marked}
 
 
 class ReceiptLog:
@@ -266,7 +263,7 @@ def _newest_rows(folder: RunFolder, columns: Sequence[str]) -> Iterator[pa.Table
 
     Markers rule: an image is done if and only if it has one, whatever the log says.
     """
-    marked = {path.stem: path for path in folder.done.glob("[!.]*.json")}
+    marked = _marked(folder)
     sources = _open_sources(folder)
     newest: dict[str, int] = {}  # image → number of its newest row, counted through all sources
     total = 0
@@ -285,9 +282,16 @@ def _newest_rows(folder: RunFolder, columns: Sequence[str]) -> Iterator[pa.Table
         start += table.num_rows
         logged.update(names[i] for i in np.flatnonzero(chosen))
         yield table.filter(pa.array(chosen)).select(list(columns))
-    late = [path for name, path in sorted(marked.items()) if name not in logged]
+    late = [folder.done / f"{name}.json" for name in sorted(marked - logged)]
     for some in (late[i : i + 1000] for i in range(0, len(late), 1000)):
         yield pa.Table.from_pylist([_row_of_marker(path) for path in some], RECEIPT_SCHEMA).select(list(columns))
+
+
+def _marked(folder: RunFolder) -> set[str]:
+    """Names of the done-markers."""
+    if not folder.done.is_dir():
+        return set()
+    return {name.removesuffix(".json") for name in os.listdir(folder.done) if not name.startswith(".")}
 
 
 def _open_sources(folder: RunFolder) -> list[pq.ParquetFile]:
