@@ -31,17 +31,28 @@ def conda_packages() -> dict[str, str]:
     return dict(split(line) for line in re.findall(r"^  - ([^:\n]+)$", text, flags=re.MULTILINE))
 
 
+def is_optional(node: ast.AST) -> bool:
+    """A ``try`` that goes on without what it could not import."""
+    return isinstance(node, ast.Try) and any(getattr(h.type, "id", "") == "ImportError" for h in node.handlers)
+
+
+def imports(node: ast.AST) -> set[str]:
+    """Top-level packages imported under a node, optional ones left out."""
+    if is_optional(node):
+        return set()
+    if isinstance(node, ast.Import):
+        return {alias.name.split(".")[0] for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        return {node.module.split(".")[0]}
+    return set().union(*map(imports, ast.iter_child_nodes(node)))
+
+
 def imported_packages() -> dict[str, Path]:
-    """Top-level packages that the runtime imports, each with a file that does."""
+    """Packages that the runtime imports and Python does not have, each with a file that does."""
     found = {}
     for path in sorted((ROOT / "batchproc").rglob("*.py")):
-        if "training" in path.parts:  # needs the extra 'train'; nothing else imports it
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                found.update({alias.name.split(".")[0]: path for alias in node.names})
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                found[node.module.split(".")[0]] = path
+        if "training" not in path.parts:  # needs the extra 'train'; nothing else imports it
+            found.update(dict.fromkeys(imports(ast.parse(path.read_text(encoding="utf-8"))), path))
     return {name: path for name, path in found.items() if name not in sys.stdlib_module_names | {"batchproc"}}
 
 
