@@ -1,7 +1,7 @@
 """Draw the picture of the README from a finished run: ``python docs/make_picture.py RUN [PICTURE]``.
 
-Triplets of candidates that the model believes in: the new image, the reference, and the difference. They are chosen
-evenly along the significance, from the strongest to the faintest: the picture shows the whole range, not only the best.
+Triplets of clean candidates that the model believes in: the new image, the reference, and the difference. They are
+chosen evenly along the significance, from the strongest down to `FAINTEST`: nobody picks the pretty ones.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import pandas as pd
 from batchproc import open_catalogue, open_stamps
 
 COLUMNS = 8
+FAINTEST = 10.0  # sigma
 SCORE = "score_realbogus"
 
 
 def choose(catalogue: pd.DataFrame, count: int) -> pd.DataFrame:
     """``count`` clean candidates that scored at least 0.5, from the most to the least significant."""
-    real = catalogue[(catalogue[SCORE] >= 0.5) & (catalogue["flags"] == 0)]
+    bright = np.abs(catalogue["scorr"]) >= FAINTEST
+    real = catalogue[bright & (catalogue[SCORE] >= 0.5) & (catalogue["flags"] == 0)]
     real = real.iloc[np.argsort(-np.abs(real["scorr"].to_numpy()), kind="stable")]
     return real.iloc[np.linspace(0, len(real) - 1, count).round().astype(int)]
 
@@ -37,12 +39,13 @@ def draw(run: str | Path, picture: str | Path, columns: int = COLUMNS) -> None:
     figure, axes = plt.subplots(3, columns, figsize=(1.25 * columns, 4.1), layout="constrained")
     for column, (_, row) in zip(axes.T, chosen.iterrows(), strict=True):
         triplet = np.asarray(stamps[row["stamp_index"]])
-        sigma = [row["sigma_new"], row["sigma_ref"], np.nanstd(triplet[2][:12])]
-        for axis, plane, noise in zip(column, triplet, sigma, strict=True):
-            axis.imshow(plane, vmin=-4 * noise, vmax=12 * noise, cmap="gray", origin="lower", interpolation="nearest")
+        noise = 1.4826 * np.nanmedian(np.abs(triplet[2] - np.nanmedian(triplet[2])))
+        ranges = [(-3 * row["sigma_new"], 12 * row["sigma_new"])] * 2 + [(-8 * noise, 8 * noise)]
+        for axis, plane, (low, high) in zip(column, triplet, ranges, strict=True):
+            axis.imshow(plane, vmin=low, vmax=high, cmap="gray", origin="lower", interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-        column[0].set_title(f"{row['scorr']:+.0f} σ", fontsize=9)
+        column[0].set_title(f"{row['scorr']:+.0f} σ".replace("-", "−"), fontsize=9)
     for axis, name in zip(axes[:, 0], ("new", "reference", "difference"), strict=True):
         axis.set_ylabel(name, fontsize=9)
     figure.savefig(picture, dpi=100)
