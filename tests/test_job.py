@@ -222,7 +222,8 @@ def test_a_plan_computes_nothing(tmp_path):
     assert (pilot.processed, pilot.status.missing) == (4, 26)
     after = plan(_runs.entries(*names), tmp_path / "run")
     assert (after.done, after.missing, after.measured) == (4, 26, 4)
-    assert after.seconds(2) == pytest.approx(13 * 0.5, rel=0.2)
+    assert after.seconds_per_image >= 0.5  # what the stand-in says, and the storing
+    assert after.seconds(2) == pytest.approx(13 * after.seconds_per_image)
 
 
 def test_progress_is_told_to_who_waits(tmp_path, capsys):

@@ -1,8 +1,8 @@
 """Keep the memory that big arrays are made of.
 
-By default glibc gives every large array back to the kernel when it is freed, and the kernel clears each page of the next
-one: on images of 1024² that cost 4.4 of 16 CPU seconds (7.5 with the trimming that Dask asks for), against 0.8 when
-freed memory stays with the process. The largest resident size is the same, since the next image needs it again.
+By default glibc gives every large array back to the kernel when it is freed, and the kernel clears each page of the
+next one: on images of 1024² that cost 4.4 of 16 CPU seconds (7.5 with the trimming that Dask asks for), against 0.8
+when freed memory stays with the process. The largest resident size is the same, since the next image needs it again.
 """
 
 from __future__ import annotations
