@@ -13,7 +13,7 @@ __all__ = ["spoil"]
 
 
 def spoil(exposure: Exposure, sigma: float, fwhm: float, rng: np.random.Generator, *, hits: int, hot: int) -> Exposure:
-    """The exposure with particle hits and hot pixels, and in every third case a trail.
+    """The exposure with particle hits and hot pixels, and in every other case a trail.
 
     Parameters
     ----------
@@ -33,8 +33,8 @@ def spoil(exposure: Exposure, sigma: float, fwhm: float, rng: np.random.Generato
     ny, nx = exposure.shape
     for _ in range(rng.poisson(hot)):
         light[rng.integers(ny), rng.integers(nx)] += _amplitude(sigma, 300, rng)
-    if rng.uniform() < 1 / 3:
-        light += _trail(exposure.shape, _amplitude(sigma / 6, 30, rng), fwhm, rng)
+    if rng.uniform() < 1 / 2:
+        light += _trail(exposure.shape, _amplitude(sigma / 10, 60, rng), fwhm, rng)
     return replace(exposure, data=(exposure.data + light).astype(np.float32))
 
 
@@ -62,5 +62,5 @@ def _trail(shape: tuple[int, int], peak: float, fwhm: float, rng: np.random.Gene
     angle, x0, y0 = rng.uniform(0, np.pi), rng.uniform(0, nx), rng.uniform(0, ny)
     y, x = np.ogrid[:ny, :nx]
     across = (y - y0) * np.cos(angle) - (x - x0) * np.sin(angle)
-    light: NDArray[np.float64] = peak * np.exp(-4 * np.log(2) * (across / (fwhm * rng.uniform(1.0, 1.6))) ** 2)
+    light: NDArray[np.float64] = peak * np.exp(-4 * np.log(2) * (across / (fwhm * rng.uniform(1.0, 2.5))) ** 2)
     return light
