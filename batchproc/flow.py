@@ -158,7 +158,7 @@ def subtract_exposures(
         candidates = detect(subtraction.difference, sources=sources, bright=bright, config=config.detect)
     with clock("cutouts"):
         stamps = _stamps(image, reference, ratio.value, subtraction.difference, candidates, new, config)
-    catalogue = _catalogue(candidates, new, psf, psf_ref, ratio, image_id)
+    catalogue = _catalogue(candidates, new, aligned, psf, psf_ref, ratio, image_id)
     quality = {
         "shape": list(new.shape),
         "filter": new.meta.get("filter") or "",
@@ -343,6 +343,7 @@ def difference_flux(difference: Difference) -> NDArray[np.float32]:
 def _catalogue(
     found: Candidates,
     new: Exposure,
+    aligned: Aligned,
     psf: PsfLike,
     psf_ref: PsfLike,
     ratio: FluxRatio,
@@ -358,7 +359,7 @@ def _catalogue(
     columns["candidate_id"] = np.array(
         [candidate_id(image_id, *position) for position in zip(x, y, columns["scorr"], strict=True)], dtype=object
     )
-    columns["ra"], columns["dec"] = sky_position(new.wcs, x, y)
+    columns["ra"], columns["dec"] = aligned.sky_position(new.wcs, x, y)
     with np.errstate(divide="ignore", invalid="ignore"):
         columns["mag"] = new.zero_point - 2.5 * np.log10(np.abs(columns["flux"]))
         columns["mag_err"] = 2.5 / np.log(10) * np.abs(columns["flux_err"] / columns["flux"])
@@ -385,11 +386,3 @@ def _catalogue(
 def candidate_id(image_id: str, x: float, y: float, scorr: float) -> str:
     """A name made of image, sign and position (to 0.1 pixel), so that a rerun gives the same one."""
     return f"{image_id}_{'p' if scorr > 0 else 'n'}{max(x, 0):07.1f}_{max(y, 0):07.1f}"
-
-
-def sky_position(wcs: Any, x: NDArray, y: NDArray) -> tuple[NDArray, NDArray]:
-    """ICRS right ascension and declination in degrees; NaN without a WCS."""
-    if wcs is None or len(x) == 0:
-        return np.full(len(x), np.nan), np.full(len(x), np.nan)
-    sky = wcs.pixel_to_world(x, y).icrs
-    return np.asarray(sky.ra.deg), np.asarray(sky.dec.deg)

@@ -146,6 +146,25 @@ def test_settings_do_what_they_say(entry, result, changes):
         assert other.stamps.shape[2:] == (31, 31)
 
 
+@pytest.mark.parametrize("fault", ["wrong", "absent"])
+def test_sky_positions_come_from_the_reference_where_the_wcs_of_new_is_of_no_use(tmp_path, entry, result, fault):
+    """A WCS that is 25 pixels off, or none at all: star patterns place the image, and RA and Dec are right."""
+    data, cards = fits.getdata(entry.new, header=True)
+    if fault == "wrong":
+        cards["CRPIX1"] += 25
+    else:
+        for key in [key for key in cards if key.startswith(("CTYPE", "CRVAL", "CRPIX", "CDELT", "PC", "CUNIT"))]:
+            del cards[key]
+    path = tmp_path / "new.fits"
+    fits.writeto(path, data, cards)
+    mended = process_image(replace(entry, new=str(path)))
+    index, _ = match(mended.catalogue["x"], mended.catalogue["y"], result.catalogue["x"], result.catalogue["y"])
+    assert (index >= 0).mean() > 0.9
+    for name in ("ra", "dec"):
+        off = (mended.catalogue[name][index] - result.catalogue[name])[index >= 0]
+        assert np.abs(off).max() * 3600 < 0.5
+
+
 def test_candidate_ids_tell_sign_and_place():
     """Two candidates of one image differ in their id, however near; a position off the image still has one."""
     assert candidate_id("img", 10.04, 20.0, 5.0) == "img_p00010.0_00020.0"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +68,25 @@ class Aligned:
     noise_kept: NDArray[np.float32]
     interpolated: bool
     n_refs: int
+    placed: Placed
+
+    def sky_position(self, wcs_new: Any, x: NDArray, y: NDArray) -> tuple[NDArray, NDArray]:
+        """ICRS right ascension and declination of pixels of new, in degrees; NaN where no WCS tells.
+
+        Through new's own WCS where the stars have confirmed it. Where it is wrong or absent, and star patterns have
+        placed the reference, through the reference's.
+        """
+        trusted = self.method == "wcs" and wcs_new is not None
+        wcs = wcs_new if trusted else self.placed.field.exposure.wcs
+        if wcs is None or len(x) == 0:
+            return np.full(len(x), np.nan), np.full(len(x), np.nan)
+        if not trusted:
+            x, y = (
+                position + start
+                for position, start in zip(self.placed.pixel_map(x, y), self.placed.origin, strict=True)
+            )
+        sky = wcs.pixel_to_world(x, y).icrs
+        return np.asarray(sky.ra.deg), np.asarray(sky.dec.deg)
 
 
 def align(new: Exposure, refs: Sequence[Exposure], config: AlignConfig | None = None) -> Aligned:
@@ -138,6 +158,7 @@ def align(new: Exposure, refs: Sequence[Exposure], config: AlignConfig | None = 
         noise_kept=noise_kept,
         interpolated=interpolated,
         n_refs=n_refs,
+        placed=best,
     )
 
 
