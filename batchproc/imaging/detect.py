@@ -216,10 +216,11 @@ def _measure_in_tile(
     # source together are highest, which lifts the flux by 1 / (S/N)² (Portillo et al. 2020, AJ 159, 165;
     # doi:10.3847/1538-3881/ab76ba).
     at_fit = kernels.f_d / root_f_s * np.einsum("nij,nij->n", wide, source.shifted(fit.dx, fit.dy, wide_half))
-    at_fit = np.maximum(at_fit, noise)
-    unbiased = at_fit * (1.0 - (noise / at_fit) ** 2)
-
+    # At the edge of an image the fit may land where S is nothing: then the flux is that of the peak's own pixel.
     score = signed * np.nan_to_num(windows(difference.score, x, y, half).astype(np.float64)) / root_f_s
+    at_fit = np.where(at_fit > 2 * noise, at_fit, score[:, half, half])
+    unbiased = at_fit * (1.0 - np.minimum(noise / np.maximum(at_fit, noise), 0.5) ** 2)
+
     height = np.maximum(at_fit, score[:, half, half])
     hits = {
         which: delta_test(wide, height, noise, kernel, source.psf)

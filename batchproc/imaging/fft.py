@@ -37,7 +37,7 @@ class Fft:
 
     def __init__(self, shape: tuple[int, int], threads: int = 1, measure: bool = False) -> None:
         self.shape = (int(shape[0]), int(shape[1]))
-        # Planning overwrites its arrays (zogy_math, pitfall 6), so these are scratch and stay ours: data is copied in.
+        # Planning overwrites its arrays, so these are scratch and stay ours: data is copied in.
         self._real = pyfftw.zeros_aligned(self.shape, dtype="float64")
         self._half = pyfftw.zeros_aligned((self.shape[0], self.shape[1] // 2 + 1), dtype="complex128")
         self._forward = self._plan(self._real, self._half, "FFTW_FORWARD", threads, measure)

@@ -84,8 +84,7 @@ def make_filters(
         When a PSF does not fit the frame, or a number is not positive and finite.
     """
     for name, value in (("sigma_new", sigma_new), ("sigma_ref", sigma_ref), ("flux_ratio", flux_ratio)):
-        if not (np.isfinite(value) and value > 0):
-            raise SubtractError(f"{name} = {value}: must be positive and finite", **{name: float(value)})
+        _require_number(name, value)
     fft = get_fft(shape)
     p_new = fft.rfft2(_corner(psf_new, shape, "psf_new"))
     p_ref = fft.rfft2(_corner(psf_ref, shape, "psf_ref"))
@@ -94,7 +93,7 @@ def make_filters(
     power_new = np.abs(p_new) ** 2
     power_ref = np.abs(p_ref) ** 2
     den = (sigma_new * f_ref) ** 2 * power_ref + (sigma_ref * f_new) ** 2 * power_new
-    # Where both PSFs have no power at all the numerators vanish too (pitfall 9).
+    # Where both PSFs have no power at all the numerators vanish too.
     den[den == 0] = 1.0
     root = np.sqrt(den)
 
@@ -165,7 +164,7 @@ def apply_filters(filters: Filters, new: NDArray, ref: NDArray, variance_new: ND
     new_hat, ref_hat = fft.rfft2(new), fft.rfft2(ref)
     s_new, s_ref = filters.k_new * new_hat, filters.k_ref * ref_hat
     variance = fft.irfft2(filters.k2_new * fft.rfft2(variance_new) + filters.k2_ref * fft.rfft2(variance_ref))
-    # A convolution by FFT can fall to zero or below by rounding, and S_corr would explode (pitfall 11).
+    # A convolution by FFT can fall to zero or below by rounding, and S_corr would explode.
     np.maximum(variance, 1e-3 * filters.kernels.f_s, out=variance)
     i_ky, i_kx = _derivatives(fft.shape)
     return Scores(
@@ -173,7 +172,7 @@ def apply_filters(filters: Filters, new: NDArray, ref: NDArray, variance_new: ND
         score=fft.irfft2(s_new - s_ref),
         variance=variance,
         score_ref=fft.irfft2(s_ref),
-        # The exact derivative: a backward difference would displace S_corr's peak by half a pixel (pitfall 10).
+        # The exact derivative: a backward difference would displace S_corr's peak by half a pixel.
         gradient2_x=fft.irfft2(i_kx * s_new) ** 2 + fft.irfft2(i_kx * s_ref) ** 2,
         gradient2_y=fft.irfft2(i_ky * s_new) ** 2 + fft.irfft2(i_ky * s_ref) ** 2,
     )
@@ -251,13 +250,25 @@ def zogy(
     Raises
     ------
     SubtractError
-        When shapes differ, unmasked pixels are not finite, or a PSF or a number is unusable.
+        When shapes differ, unmasked pixels are not finite, a variance is not positive, no pixel is good, or a PSF or a
+        number is unusable.
 
     Examples
     --------
     >>> from batchproc import simulate, zogy
-    >>> pair = simulate.simulate_pair(shape=(256, 256), seed=1)             # doctest: +SKIP
-    >>> d = zogy(pair.new, pair.ref, pair.psf_new, pair.psf_ref, sigma_new=20, sigma_ref=9)   # doctest: +SKIP
+    >>> pair = simulate.simulate_pair(shape=(256, 256), seed=1, n_transients=1, transient_snr=(30, 31))
+    >>> d = zogy(
+    ...     pair.new,
+    ...     pair.ref,
+    ...     pair.psf_new.at(128, 128),
+    ...     pair.psf_ref.at(128, 128),
+    ...     sigma_new=pair.sigma_new,
+    ...     sigma_ref=pair.sigma_ref,
+    ...     flux_ratio=pair.flux_ratio,
+    ...     mask=pair.mask,
+    ... )
+    >>> bool(d.score_corr.max() > 20)
+    True
     """
     new, ref = np.asarray(new, dtype=np.float64), np.asarray(ref, dtype=np.float64)
     psf_new, psf_ref = np.asarray(psf_new, dtype=np.float64), np.asarray(psf_ref, dtype=np.float64)
@@ -267,6 +278,8 @@ def zogy(
             "resample ref onto new first (batchproc.align)",
         )
     bad = np.zeros(new.shape, bool) if mask is None else np.asarray(mask, dtype=bool)
+    for name, value in (("sigma_new", sigma_new), ("sigma_ref", sigma_ref)):
+        _require_number(name, value)
     plane_new = _variance_plane(variance_new, sigma_new, new.shape, "variance_new")
     plane_ref = _variance_plane(variance_ref, sigma_ref, new.shape, "variance_ref")
     for name, array in (("new", new), ("ref", ref), ("variance_new", plane_new), ("variance_ref", plane_ref)):
@@ -274,6 +287,14 @@ def zogy(
             raise SubtractError(f"mask has shape {bad.shape} and {name} {array.shape}")
         if n_bad := int(np.count_nonzero(~np.isfinite(array) & ~bad)):
             raise SubtractError(f"{name} holds {n_bad} pixels that are not finite and not masked", found=n_bad)
+        if name.startswith("variance") and (n_bad := int(np.count_nonzero((array <= 0) & ~bad))):
+            raise SubtractError(f"{name} is not positive in {n_bad} pixels that are not masked", found=n_bad)
+    if bad.all():
+        raise SubtractError("the mask leaves no good pixel")
+    if np.shape(registration_sigma) != (2,):
+        raise SubtractError(
+            f"registration_sigma = {registration_sigma!r}: a pair is expected, rms in x and in y (pixels)"
+        )
     if bad.any():
         new, ref = fill_masked(new, ref, bad, bad, flux_ratio)
         plane_new, plane_ref = np.where(bad, sigma_new**2, plane_new), np.where(bad, sigma_ref**2, plane_ref)
@@ -327,6 +348,11 @@ def interpolate_over(data: NDArray, bad: NDArray[np.bool_]) -> NDArray:
     return out
 
 
+def _require_number(name: str, value: float) -> None:
+    if np.ndim(value) or not (np.isfinite(value) and value > 0):
+        raise SubtractError(f"{name} = {value}: one positive, finite number is expected")
+
+
 def _variance_plane(plane: ArrayLike | None, sigma: float, shape: tuple[int, ...], name: str) -> NDArray[np.float64]:
     if plane is None:
         return np.full(shape, float(sigma) ** 2)
@@ -337,7 +363,7 @@ def _variance_plane(plane: ArrayLike | None, sigma: float, shape: tuple[int, ...
 
 
 def _corner(psf: NDArray, shape: tuple[int, int], name: str) -> NDArray[np.float64]:
-    """The stamp on an empty frame, its centre on pixel [0, 0] (pitfall 1)."""
+    """The stamp on an empty frame, its centre on pixel [0, 0]."""
     if psf.ndim != 2 or psf.shape[0] % 2 == 0 or psf.shape[1] % 2 == 0:
         raise SubtractError(f"{name} has shape {psf.shape}: a PSF stamp has two odd sides, so that it has a centre")
     if psf.shape[0] > shape[0] or psf.shape[1] > shape[1]:

@@ -156,7 +156,7 @@ def test_identical_images_leave_nothing():
 
 
 def test_inputs_are_not_modified_and_calls_repeat():
-    """Two calls give the same bytes and leave their inputs alone (planning an FFT overwrites arrays: pitfall 6)."""
+    """Two calls give the same bytes and leave their inputs alone (planning an FFT overwrites arrays)."""
     rng = np.random.default_rng(7)
     new, ref = rng.normal(0, 20, (2, 90, 70))
     mask = rng.random((90, 70)) < 0.01
@@ -169,7 +169,7 @@ def test_inputs_are_not_modified_and_calls_repeat():
 
 
 def test_score_corr_is_centred_on_the_source_with_registration_noise():
-    """The astrometric term does not displace S_corr's peak (backward differences displace it by 0.4 px: pitfall 10)."""
+    """The astrometric term does not displace S_corr's peak (backward differences displace it by 0.4 px)."""
     new, ref = np.zeros((2, 96, 96))
     new[33:64, 33:64] = 5000 * PSF_NEW
     d = zogy(new, ref, PSF_NEW, PSF_REF, registration_sigma=(0.3, 0.3), **SETTING)
@@ -216,6 +216,10 @@ def test_filling_takes_the_other_image_where_it_is_good():
         ({"psf_ref": np.ones((5, 5))}, "unit sum"),
         ({"psf_ref": np.ones((99, 99)) / 99**2}, "larger"),
         ({"sigma_new": 0.0}, "positive"),
+        ({"sigma_ref": np.ones(3)}, "one positive"),
+        ({"variance_new": np.full((64, 64), -1.0)}, "variance_new is not positive"),
+        ({"registration_sigma": 0.1}, "a pair"),
+        ({"mask": np.ones((64, 64), bool)}, "no good pixel"),
         ({"new": np.full((64, 64), np.nan)}, "not finite"),
     ],
 )
