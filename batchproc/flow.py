@@ -145,6 +145,7 @@ def subtract_exposures(
             renormalise=config.subtract.renormalise,
             star_residuals=config.subtract.star_residuals,
         )
+        _require_sane_noise(subtraction.renormalisation, new)
     with clock("detect"):
         sources = find_sources(reference, sky_ref.rms, aligned.ref.mask)
         fwhm = max(psf.fwhm, psf_ref.fwhm)
@@ -305,6 +306,17 @@ def _flux_ratio(
             stars=len(stars),
         )
     return ratio
+
+
+def _require_sane_noise(width: float, new: Exposure) -> None:
+    """S_corr of blank sky should be 1 wide; correlated noise makes it 0.7 to 1.6, a broken image anything."""
+    if not 1 / 3 < width < 3:
+        raise SubtractError(
+            f"{new.meta.get('path', '?')}: S_corr on blank sky is {width:.2g} wide, 1 is expected (1/3 to 3 is let "
+            "through): the noise of an image is far from what its sky shows. Look for areas without data that are not "
+            "masked, a sky that changes within a few pixels, or a wrong gain or variance plane",
+            renormalisation=width,
+        )
 
 
 def _stamps(

@@ -9,8 +9,8 @@ from astropy.wcs import WCS
 
 from batchproc import simulate
 from batchproc.config import Config
-from batchproc.errors import AlignError, ReadError
-from batchproc.flow import candidate_id, grow_saturated, process_image, saturated_stars
+from batchproc.errors import AlignError, ReadError, SubtractError
+from batchproc.flow import _require_sane_noise, candidate_id, grow_saturated, process_image, saturated_stars
 from batchproc.records import CATALOGUE, ManifestEntry, MaskBit
 from tests.benchmarks.promises import match
 
@@ -144,6 +144,13 @@ def test_settings_do_what_they_say(entry, result, changes):
         assert len(other.catalogue["x"]) < len(result.catalogue["x"])
     else:
         assert other.stamps.shape[2:] == (31, 31)
+
+
+def test_noise_that_is_nothing_like_the_sky_is_a_failure():
+    """An image whose noise is far from what was measured as sky is refused with the number, not called done."""
+    with pytest.raises(SubtractError, match="blank sky is 7") as failure:
+        _require_sane_noise(7.0, simulate.simulate_pair((64, 64)).exposures()[0])
+    assert failure.value.metadata["renormalisation"] == 7.0
 
 
 @pytest.mark.parametrize("fault", ["wrong", "absent"])
