@@ -25,7 +25,7 @@ from batchproc.flow import process_image
 from batchproc.imaging.fft import measure_wisdom
 from batchproc.io.manifest import read_manifest
 from batchproc.io.models import load_model
-from batchproc.io.progress import Status, finished_images, gather, read_status
+from batchproc.io.progress import Status, drop_strange_markers, finished_images, gather, read_status
 from batchproc.io.run_folder import RunFolder
 from batchproc.records import ManifestEntry
 from batchproc.report import write_report
@@ -136,7 +136,7 @@ def run(
     job = _Job(folder, settings, steps, cluster, workers, report, max_bugs, quiet)
     with folder.locked():
         folder.freeze(entries, settings, lambda: steps.wisdom(settings))
-        gather(folder)
+        job.take_stock()
         tried = finished_images(folder)
         todo = [entry for entry in entries if entry.image_id not in tried]
         if tried:
@@ -158,7 +158,7 @@ def retry(
     folder = RunFolder.existing(out)
     job = _Job(folder, folder.config(), steps, cluster, workers, report, max_bugs, quiet)
     with folder.locked():
-        gather(folder)
+        job.take_stock()
         failed = {image_id for image_id, status in finished_images(folder).items() if status != "done"}
         todo = [entry for entry in folder.entries() if entry.image_id in failed]
         say(f"{len(todo)} images failed before and are tried again", quiet=quiet)
@@ -192,7 +192,7 @@ def classify(
     settings = replace(settings, classify=replace(settings.classify, model=model))
     job = _Job(folder, settings, steps, cluster, workers, report=False, max_bugs=0, quiet=quiet)
     with folder.locked():
-        gather(folder)
+        job.take_stock()
         chunks = job.unscored()
         if chunks:
             with open_executor(cluster, workers, settings.threads, len(chunks)) as executor:
@@ -233,6 +233,13 @@ class _Job:
         self.report, self.max_bugs, self.quiet = report, max_bugs, quiet
         name = settings.classify.model
         self.model = steps.model(name, settings.threads) if name else None
+
+    def take_stock(self) -> None:
+        """Bring the log up to what the markers say, without those of images that were done with other settings."""
+        n = drop_strange_markers(self.folder)
+        if n:
+            say(f"{n} images were done with other settings: they count as missing", quiet=self.quiet)
+        gather(self.folder)
 
     def carry_out(self, todo: Sequence[ManifestEntry]) -> RunSummary:
         """Process images, score what is not scored, gather the log, report."""

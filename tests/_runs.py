@@ -78,6 +78,11 @@ def repaired(entry: ManifestEntry, config: Config) -> Result:
     return result(entry.image_id, 2)
 
 
+def as_configured(entry: ManifestEntry, config: Config) -> Result:
+    """As many candidates as the settings' threshold."""
+    return result(entry.image_id, int(config.detect.threshold))
+
+
 def begin(path: Path, *names: str) -> RunFolder:
     folder = RunFolder(path)
     folder.freeze(entries(*names), CONFIG, lambda: "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,6 +172,28 @@ def test_other_settings_are_refused_before_anything_happens(tmp_path):
     with pytest.raises(RunMismatchError, match="n2 is new"):
         plan(_runs.entries("n1", "n2"), tmp_path / "run")
     assert run(_runs.entries("n1"), tmp_path / "run", **SERIAL).exit_code == 0
+
+
+def test_a_folder_begun_anew_is_another_run(tmp_path):
+    """Deleted and begun again at the same path in the same process, a run is done with its own settings."""
+    steps = replace(STUBS, process=_runs.as_configured)
+    for threshold in (4.0, 7.0):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        config = replace(_runs.CONFIG, detect=replace(_runs.CONFIG.detect, threshold=threshold))
+        run(_runs.entries("a"), tmp_path / "run", config=config, **SERIAL | {"steps": steps})
+        assert len(open_catalogue(tmp_path / "run")) == threshold
+
+
+def test_markers_of_other_settings_are_not_trusted(tmp_path):
+    """An image that was done with other settings, or whose marker cannot be read, is missing."""
+    images = _runs.entries("n1", "n2", "n3")
+    run(images, tmp_path / "run", config=_runs.CONFIG, **SERIAL)
+    folder = RunFolder(tmp_path / "run")
+    marker = json.loads(folder.marker("n1").read_text())
+    folder.marker("n1").write_text(json.dumps(marker | {"config_digest": "another"}))
+    folder.marker("n2").write_text("")
+    again = run(images, folder.path, **SERIAL)
+    assert (again.processed, again.status.done) == (2, 3)
 
 
 def test_a_model_that_is_not_there_is_known_before_the_first_image(tmp_path):

@@ -43,12 +43,20 @@ class Job:
     ----------
     run : str
         The run folder.
+    identity : str
+        `RunFolder.identity`: tells this run from one that had the folder before it.
     threads : int
         For every library of the process.
     """
 
     run: str
+    identity: str
     threads: int = 1
+
+    @classmethod
+    def of(cls, folder: RunFolder, threads: int) -> Job:
+        """The job of a run that has been begun."""
+        return cls(str(folder.path.resolve()), folder.identity(), threads)
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ def classify_chunk(job: Job, model: Any, chunk: Chunk) -> int:
     return int(np.isfinite(scores.reshape(len(scores), -1)).all(axis=1).sum())
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=1)  # FFTW has one wisdom a process: a run that comes back after another needs its own again
 def _prepare(job: Job) -> tuple[RunFolder, Config]:
     """Once in the life of a process and a run: its settings, FFTW's frozen plans, threads, memory."""
     folder = RunFolder(Path(job.run))

@@ -13,6 +13,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -34,6 +35,7 @@ __all__ = [
     "ReceiptLog",
     "Status",
     "done_images",
+    "drop_strange_markers",
     "finished_images",
     "gather",
     "iter_receipts",
@@ -88,6 +90,27 @@ def done_images(folder: RunFolder, image_ids: Iterable[str]) -> set[str]:
     """Those of the images that have a done-marker (one listing of the folder, whatever their number)."""
     marked = _marked(folder)
     return {image_id for image_id in image_ids if part_name(image_id) in marked}
+
+
+def drop_strange_markers(folder: RunFolder) -> int:
+    """Remove markers of images that were done with other settings than the run's; returns how many there were.
+
+    They can be left by a run that had the folder before, or copied from another; without them the images are missing.
+    """
+    digest = folder.config_digest()
+
+    def is_strange(path: Path) -> bool:
+        try:
+            return bool(json.loads(path.read_text())["config_digest"] != digest)
+        except (ValueError, KeyError, TypeError):  # no marker of ours: it says nothing about the settings
+            return True
+
+    paths = [folder.done / f"{name}.json" for name in _marked(folder)]
+    with ThreadPoolExecutor(8) as pool:  # each read waits for a file server
+        strange = [path for path, bad in zip(paths, pool.map(is_strange, paths), strict=True) if bad]
+    for path in strange:
+        path.unlink()
+    return len(strange)
 
 
 class ReceiptLog:

@@ -23,6 +23,7 @@ import fcntl
 import json
 import os
 import socket
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,6 +147,15 @@ class RunFolder:
         ids: list[str] = pq.read_table(self.manifest, columns=["image_id"])["image_id"].to_pylist()
         return ids
 
+    def identity(self) -> str:
+        """Tells the run from any other, also from one that had this path before it."""
+        record = self._read_record()
+        return f"{record['config_digest']}-{record.get('id', record['begun'])}"
+
+    def config_digest(self) -> str:
+        """`Config.digest` of the settings that the run was begun with."""
+        return str(self._read_record()["config_digest"])
+
     def version(self) -> str:
         """The version of batchproc that began the run."""
         return str(self._read_record()["version"])
@@ -213,6 +223,7 @@ class RunFolder:
         write_text(self.config_file, config.to_toml())
         write_text(self.wisdom_file, wisdom())
         record = {
+            "id": uuid.uuid4().hex,
             "version": batchproc.__version__,
             "begun": datetime.now(UTC).isoformat(timespec="seconds"),
             "n_images": len(entries),
