@@ -230,16 +230,17 @@ def run(
     Images that failed before are left to `batchproc retry`. Exit code 0: all done; 1: some images failed; 2: nothing
     was started; 3: a bug.
     """
-    _hold_threads(None if config is None else Config.from_toml(config))
+    settings = None if config is None else Config.from_toml(config)  # read once: it may be a pipe
+    _hold_threads(settings)
     from batchproc import job
 
     if dry_run:
-        click.echo(_tell_plan(job.plan(manifest, out, config=config), workers))
+        click.echo(_tell_plan(job.plan(manifest, out, config=settings), workers))
         return 0
     summary = job.run(
         manifest,
         out,
-        config=config,
+        config=settings,
         cluster=cluster,
         workers=workers,
         pilot=pilot,
@@ -249,7 +250,7 @@ def run(
     )
     click.echo(_tell_run(summary))
     if pilot is not None:
-        click.echo(_tell_plan(job.plan(manifest, out, config=config), workers))
+        click.echo(_tell_plan(job.plan(manifest, out, config=settings), workers))
     return summary.exit_code
 
 
@@ -283,7 +284,9 @@ def retry(run: Path, max_bugs: int, no_report: bool, cluster: str, workers: int 
 
 @cli.command(epilog=_example("batchproc report RUN", "batchproc report RUN --truth truth.parquet"))
 @_run_folder
-@click.option("--truth", type=click.Path(path_type=Path), help="Parquet table of known transients, to be compared.")
+@click.option(
+    "--truth", type=click.Path(path_type=Path), help="CSV or Parquet table of known transients, to be compared."
+)
 def report(run: Path, truth: Path | None) -> int:
     """Write report.html of a run."""
     from batchproc.report import write_report

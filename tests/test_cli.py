@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
 import time
 
 import click
@@ -13,6 +15,7 @@ import pytest
 from batchproc import cli, job
 from batchproc.errors import ReadError
 from batchproc.io.manifest import write_manifest
+from batchproc.io.run_folder import RunFolder
 from tests import _runs
 
 STUBS = job.Steps(process=_runs.process, model=_runs.load_model, wisdom=_runs.no_wisdom, report=_runs.report)
@@ -172,6 +175,19 @@ def test_pilot_measures_and_the_rest_follows(call, night):
     assert "2 of 4 images done, 2 missing" in out
     assert "measured on 2 images" in out
     assert "4 of 4 images done" in call("run", *night("n1", "n2", "n3", "n4"))[1]
+
+
+def test_settings_may_come_through_a_pipe(call, night, tmp_path):
+    """They are read once, so nothing falls back to the defaults."""
+    words = night("n1", "n2")
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=(_runs.CONFIG.to_toml(),), daemon=True)
+    writer.start()
+    code, out, _ = call("run", *[pipe if str(word).endswith(".toml") else word for word in words], "--pilot", 1)
+    assert code == 0
+    assert "measured on 1 images" in out
+    assert RunFolder(tmp_path / "run").config() == _runs.CONFIG
 
 
 def test_status_for_people_and_programs(call, night, tmp_path):
