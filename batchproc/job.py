@@ -156,6 +156,7 @@ def retry(
 ) -> RunSummary:
     """Try the images again that failed; arguments as for `run`."""
     folder = RunFolder.existing(out)
+    folder.check_version()
     job = _Job(folder, folder.config(), steps, cluster, workers, report, max_bugs, quiet)
     with folder.locked():
         job.take_stock()

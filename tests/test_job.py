@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import batchproc
 from batchproc import open_catalogue, open_stamps
 from batchproc.config import Config
 from batchproc.distribute.campaign import plan_chunks
@@ -172,6 +173,18 @@ def test_other_settings_are_refused_before_anything_happens(tmp_path):
     with pytest.raises(RunMismatchError, match="n2 is new"):
         plan(_runs.entries("n1", "n2"), tmp_path / "run")
     assert run(_runs.entries("n1"), tmp_path / "run", **SERIAL).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "again", [lambda out: run(_runs.entries("n1"), out, **SERIAL), lambda out: retry(out, **SERIAL)]
+)
+def test_another_version_is_refused(tmp_path, monkeypatch, again):
+    """A run is of one version; the message shows both, and how to go on."""
+    run(_runs.entries("n1"), tmp_path / "run", config=_runs.CONFIG, **SERIAL)
+    version = batchproc.__version__
+    monkeypatch.setattr(batchproc, "__version__", "99.0")
+    with pytest.raises(RunMismatchError, match=rf"batchproc {version}, this is 99\.0.*another --out"):
+        again(tmp_path / "run")
 
 
 def test_a_folder_begun_anew_is_another_run(tmp_path):

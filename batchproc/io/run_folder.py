@@ -173,7 +173,7 @@ class RunFolder:
         Raises
         ------
         RunMismatchError
-            The folder was begun with other images or settings; the message shows which.
+            The folder was begun with other images, settings or another batchproc; the message shows which.
         UsageError
             The folder holds something else.
         """
@@ -233,7 +233,8 @@ class RunFolder:
         write_text(self.record, json.dumps(record, indent=2) + "\n")
 
     def check(self, entries: Sequence[ManifestEntry], config: Config) -> None:
-        """Raise `RunMismatchError` where these are not the images and settings that the run was begun with."""
+        """Raise `RunMismatchError` where the run was begun with other images, settings or another batchproc."""
+        self.check_version()
         record = self._read_record()
         if config.digest != record["config_digest"]:
             changes = _config_changes(self.config(), config)
@@ -246,6 +247,15 @@ class RunFolder:
             raise RunMismatchError(
                 f"{self.path} was begun with other images: {_some(changes)}; use {self.manifest} again, "
                 "or another --out"
+            )
+
+    def check_version(self) -> None:
+        """Raise `RunMismatchError` where another version of batchproc began the run: a run is all of one kind."""
+        version = self.version()
+        if version != batchproc.__version__:
+            raise RunMismatchError(
+                f"{self.path} was begun with batchproc {version}, this is {batchproc.__version__}, which may give other "
+                f"values; begin a new run with another --out, or install batchproc {version} again to go on with this one"
             )
 
     def _read_record(self) -> dict[str, Any]:
