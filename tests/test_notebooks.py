@@ -14,6 +14,11 @@ NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
+def test_the_notebooks_are_there():
+    """Without a notebook the tests below would pass, having looked at nothing."""
+    assert "01_first_difference_image" in [path.stem for path in NOTEBOOKS]
+
+
 @each_notebook
 def test_notebook_runs_and_shows_pictures(path, tmp_path, monkeypatch):
     """Every cell runs in a fresh kernel and an empty folder, without warnings, and at least two pictures appear."""
