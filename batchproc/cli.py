@@ -285,7 +285,7 @@ def retry(run: Path, max_bugs: int, no_report: bool, cluster: str, workers: int 
 @cli.command(epilog=_example("batchproc report RUN", "batchproc report RUN --truth truth.parquet"))
 @_run_folder
 @click.option(
-    "--truth", type=click.Path(path_type=Path), help="CSV or Parquet table of known transients, to be compared."
+    "--truth", type=click.Path(path_type=Path), help="Known transients (CSV or Parquet), to be compared."
 )
 def report(run: Path, truth: Path | None) -> int:
     """Write report.html of a run."""

@@ -241,6 +241,31 @@ def test_truth_in_the_run_folder_is_found_and_a_bad_one_refused(tmp_path):
         write_report(tmp_path / "run", tmp_path / "other.parquet")
 
 
+def test_the_truth_may_be_csv_and_nothing_else(tmp_path):
+    """CSV tells the same as Parquet; a broken file, words for numbers, or another kind of table is a usage error."""
+    catalogue = make_run(tmp_path / "run", candidates=(3,))
+    known = catalogue[["image_id", "x", "y", "flux"]].assign(snr=9.0)
+    known.to_csv(tmp_path / "truth.csv", index=False)
+    assert "3 of 3 (100.0%) found" in report(tmp_path / "run", tmp_path / "truth.csv").words()
+    known.assign(x="left").to_csv(tmp_path / "words.csv", index=False)
+    for name, content in [
+        ("truth.txt", b"x"),
+        ("truth.fits", b"x"),
+        ("empty.csv", b""),
+        ("other.parquet", b"image_id,x"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+    for name, words in [
+        ("words.csv", "the column x holds .* expected numbers"),
+        ("truth.txt", "unknown kind of table '.txt'; expected .csv or .parquet"),
+        ("truth.fits", "unknown kind of table"),
+        ("empty.csv", "not a CSV table"),
+        ("other.parquet", "not a PARQUET table"),
+    ]:
+        with pytest.raises(UsageError, match=words):
+            write_report(tmp_path / "run", tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("keywords", "said"),
     [

@@ -254,12 +254,28 @@ def _read_truth(folder: RunFolder, truth: str | Path | None) -> pd.DataFrame | N
     if not path.is_file():
         if truth is None:
             return None
-        raise UsageError(f"{path}: no such file; give the Parquet table of the known transients")
-    table = pd.read_parquet(path)
+        raise UsageError(f"{path}: no such file; give the table of the known transients, CSV or Parquet")
+    table = _read_table(path)
     missing = {"image_id", "x", "y", "flux"} - set(table)
     if missing or not {"snr", "snr_local"} & set(table):
-        raise UsageError(f"{path}: needs the columns image_id, x, y, flux and snr; found {', '.join(table)}")
+        raise UsageError(f"{path}: needs the columns image_id, x, y, flux and snr; found {', '.join(map(str, table))}")
+    numbers = [name for name in ("x", "y", "flux", "snr", "snr_local") if name in table]
+    words = [name for name in numbers if not pd.api.types.is_numeric_dtype(table[name])]
+    if words:
+        raise UsageError(f"{path}: the column {words[0]} holds {table[words[0]].dtype} values; expected numbers")
     return table.assign(snr=table["snr_local"] if "snr_local" in table else table["snr"])
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    suffix = path.suffix.lower()
+    if suffix not in (".csv", ".parquet", ".pq"):
+        raise UsageError(f"{path}: unknown kind of table {suffix!r}; expected .csv or .parquet")
+    try:
+        # An image_id of digits alone is a name all the same.
+        return pd.read_csv(path, dtype={"image_id": str}) if suffix == ".csv" else pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pandas' and pyarrow's errors of parsing are ValueErrors
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UsageError(f"{path}: not a {suffix[1:].upper()} table ({reason[:160]})") from error
 
 
 def _match(known: pd.DataFrame, catalogue: pd.DataFrame, score: str | None, done: set[str]) -> Truth:
