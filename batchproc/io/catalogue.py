@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def open_catalogue(
     Raises
     ------
     UsageError
-        When `run` is no run folder, or has no such column.
+        When `run` is no run folder or has no such column, or a filter is not of this form.
 
     Examples
     --------
@@ -103,10 +104,11 @@ def open_catalogue(
     scores = _score_columns(folder)
     names = [*SCHEMA.names, *(column for model in scores.values() for column in model.columns)]
     wanted = list(names if columns is None else columns)
-    conditions = list(filters or [])
+    conditions = _check_filters(filters)
     _check_names(folder, [*wanted, *(name for name, _, _ in conditions)], names)
-    stored = [c for c in conditions if c[0] in SCHEMA.names and c[0] != "stamp_index"]
-    later = [c for c in conditions if c not in stored]
+    in_parts = {*SCHEMA.names} - {"stamp_index"}
+    stored = [c for c in conditions if c[0] in in_parts]
+    later = [c for c in conditions if c[0] not in in_parts]
     needed = {*wanted, *(name for name, _, _ in later)}
 
     catalogue = _read_parts(folder, read_index(folder), needed, stored)
@@ -239,6 +241,32 @@ def _check_names(folder: RunFolder, asked: Iterable[str], known: Sequence[str]) 
     if unknown:
         hint = "; `batchproc classify` makes scores" if unknown[0].startswith("score_") else ""
         raise UsageError(f"{folder.path}: no column {unknown[0]!r} in the catalogue; known: {', '.join(known)}{hint}")
+
+
+def _check_filters(filters: Any) -> list[Filter]:
+    """The conditions, each as a tuple; UsageError for anything else than a list of (column, operator, value)."""
+    if filters is None:
+        return []
+    form = f"expected [(column, operator, value), …], all of which must hold, with {'  '.join(_OPERATORS)}"
+    if not isinstance(filters, list | tuple):
+        raise UsageError(f"filters = {filters!r}: {form}")
+    conditions: list[Filter] = []
+    for condition in filters:
+        if not (isinstance(condition, list | tuple) and len(condition) == 3 and isinstance(condition[0], str)):
+            raise UsageError(f"filters: {condition!r} is no condition; {form}")
+        name, operator, value = condition
+        if not (isinstance(operator, str) and operator in _OPERATORS):
+            raise UsageError(f"filters: {condition!r}: unknown operator {operator!r}; {form}")
+        several = operator in ("in", "not in")
+        if several and (isinstance(value, str) or not isinstance(value, Iterable)):
+            raise UsageError(f"filters: {condition!r}: {operator!r} needs a list of values; {form}")
+        values = list(value) if several else [value]
+        kind = str if name in SCHEMA.names and SCHEMA.field(name).type == pa.string() else (Real, np.bool_)
+        if not all(isinstance(one, kind) for one in values):
+            expected = "text" if kind is str else "numbers"
+            raise UsageError(f"filters: {condition!r}: the column {name} holds {expected}; {form}")
+        conditions.append((name, operator, values if several else value))
+    return conditions
 
 
 def _text(metadata: Mapping[bytes, bytes]) -> dict[str, str]:

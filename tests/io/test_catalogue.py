@@ -91,6 +91,39 @@ def test_filters_and_columns(folder):
     assert len(open_catalogue(folder.path, filters=[("image_id", "not in", ["a", "z"])])) == 0
 
 
+@pytest.mark.parametrize(
+    ("filters", "words"),
+    [
+        (("scorr", ">", 7), r"'scorr' is no condition"),
+        ([[("scorr", ">", 7)]], r"is no condition"),
+        ([[("scorr", ">", 7), ("x", "<", 3), ("y", "<", 3)]], r"is no condition"),
+        ("scorr > 7", r"filters = 'scorr > 7'"),
+        ({"scorr": 7}, r"filters = "),
+        ([("scorr", ">")], r"is no condition"),
+        ([("scorr", "=>", 7)], r"unknown operator '=>'"),
+        ([("stamp_index", "~", 7)], r"unknown operator '~'"),
+        ([("scorr", ["<"], 7)], r"unknown operator"),
+        ([("image_id", "in", "a")], r"'in' needs a list of values"),
+        ([("flags", "not in", 0)], r"'not in' needs a list of values"),
+        ([("scorr", ">", "7")], r"the column scorr holds numbers"),
+        ([("scorr", "==", None)], r"the column scorr holds numbers"),
+        ([("image_id", "==", 7)], r"the column image_id holds text"),
+    ],
+)
+def test_a_filter_of_another_form_is_refused_with_the_right_one(folder, filters, words):
+    """Bare tuples, nested lists, unknown operators and values of another kind are usage errors that tell the form."""
+    with pytest.raises(UsageError, match=words) as caught:
+        open_catalogue(folder.path, filters=filters)
+    assert "[(column, operator, value), …]" in str(caught.value)
+    assert "==  !=  <  <=  >  >=  in  not in" in str(caught.value)
+
+
+def test_numpy_values_filter_too(folder):
+    """Values from an array or a data frame are as good as Python's."""
+    filters = [("scorr", ">=", np.float32(1)), ("image_id", "in", np.array(["a"])), ("stamp_index", "in", np.arange(9))]
+    assert len(open_catalogue(folder.path, filters=filters)) == 3
+
+
 def test_scores_are_joined_by_candidate(folder):
     """A score column a model, NaN where it has not scored; its version, hash and normalisation are told."""
     score(folder, "a", [0.1, np.nan, 0.7, 0.9])
