@@ -16,7 +16,7 @@ from typing import Any
 from batchproc.config import Config
 from batchproc.display import say, show
 from batchproc.distribute.campaign import classify_chunks, plan_chunks, process_images
-from batchproc.distribute.clusters import dashboard, open_executor
+from batchproc.distribute.clusters import check_cluster, dashboard, open_executor
 from batchproc.distribute.executors import Executor
 from batchproc.distribute.plan import Plan, plan_run, spread
 from batchproc.distribute.tasks import Chunk
@@ -215,7 +215,7 @@ def plan(
 class _Job:
     """What the calls above have in common: the work on one run folder, once it is known what to do.
 
-    The model is loaded at once, so that a wrong name is known before the first image.
+    The model is loaded at once, so that a wrong name is known before the first image, as is a wrong word for the cluster.
     """
 
     def __init__(
@@ -229,6 +229,7 @@ class _Job:
         max_bugs: int,
         quiet: bool,
     ) -> None:
+        check_cluster(cluster)
         self.folder, self.settings, self.steps = folder, settings, steps
         self.cluster, self.workers = cluster, workers
         self.report, self.max_bugs, self.quiet = report, max_bugs, quiet

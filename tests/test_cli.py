@@ -131,11 +131,12 @@ def test_usage_errors_are_exit_code_2_and_one_line(call, tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unknown_cluster_is_exit_code_2(call, night):
-    """Before any image is touched."""
+def test_an_unknown_cluster_is_exit_code_2(call, night, tmp_path):
+    """Before a run is begun."""
     code, _, err = call("run", *night("n1")[:-1], "moon")
     assert code == 2
     assert "expected local, serial" in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_fault_of_the_machine_and_a_bug_are_exit_code_3(call, monkeypatch):

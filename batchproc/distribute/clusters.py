@@ -16,7 +16,7 @@ from batchproc.distribute.executors import DaskExecutor, Executor, SerialExecuto
 from batchproc.distribute.threads import thread_environment
 from batchproc.errors import UsageError
 
-__all__ = ["open_executor"]
+__all__ = ["check_cluster", "dashboard", "open_executor"]
 
 _DASK = {
     # The campaign itself gives a task a second chance, alone; and one task to a worker keeps blame from neighbours.
@@ -28,6 +28,14 @@ _DASK = {
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.terminate": 0.95,
 }
+
+
+def check_cluster(cluster: str) -> None:
+    """Raise `UsageError` where `open_executor` does not know the word; connects to nothing."""
+    if cluster not in ("serial", "local") and "://" not in cluster:
+        raise UsageError(
+            f"cluster {cluster!r}: expected local, serial, or the address of a scheduler (tcp://host:port)"
+        )
 
 
 @contextmanager
@@ -53,18 +61,15 @@ def open_executor(
     UsageError
         Another word, or a scheduler that does not answer.
     """
+    check_cluster(cluster)
     if cluster == "serial":
         yield SerialExecutor()
     elif cluster == "local":
         with _local_client(workers, threads, tasks) as client:
             yield DaskExecutor(client)
-    elif "://" in cluster:
+    else:
         with _remote_client(cluster) as client:
             yield DaskExecutor(client)
-    else:
-        raise UsageError(
-            f"cluster {cluster!r}: expected local, serial, or the address of a scheduler (tcp://host:port)"
-        )
 
 
 def dashboard(executor: Executor) -> str | None:
