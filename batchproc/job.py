@@ -17,7 +17,7 @@ from batchproc.config import Config
 from batchproc.display import say, show
 from batchproc.distribute.campaign import classify_chunks, plan_chunks, process_images
 from batchproc.distribute.clusters import check_cluster, dashboard, open_executor
-from batchproc.distribute.executors import Executor
+from batchproc.distribute.executors import Executor, WorkerDiedError
 from batchproc.distribute.plan import Plan, plan_run, spread
 from batchproc.distribute.tasks import Chunk
 from batchproc.errors import ModelError
@@ -64,7 +64,7 @@ class RunSummary:
         Too many bugs: images are missing that were not tried.
     report : Path or None
     problem : str
-        Traceback of what went wrong after the images (scoring, report); empty when nothing did.
+        What went wrong after the images, in scoring and in the report; empty when nothing did.
     """
 
     status: Status
@@ -247,7 +247,8 @@ class _Job:
         """Process images, score what is not scored, gather the log, report."""
         start = time.monotonic()
         receipts: Counter[str] = Counter()
-        scored, problem, path = 0, "", None
+        scored, path = 0, None
+        problems: list[str] = []
         chunks = self.unscored()
         try:
             if todo or chunks:
@@ -257,16 +258,17 @@ class _Job:
                         say(f"watch it at {dashboard(executor)}", quiet=self.quiet)
                     receipts = self.process(todo, executor)
                     if receipts["bug"] <= self.max_bugs:
-                        scored = self.score(self.unscored(), executor)
-        except ModelError as error:  # the images are done; what follows goes on without scores
-            problem = f"scoring: {error}"
+                        try:
+                            scored = self.score(self.unscored(), executor)
+                        except Exception as error:  # the images are done; what follows goes on without scores
+                            problems.append(_tell_scoring(error))
         finally:
             gather(self.folder)
         if self.report:
             try:
                 path = self.steps.report(self.folder.path)
             except Exception:
-                problem = traceback.format_exc()
+                problems.append(traceback.format_exc())
         return RunSummary(
             status=read_status(self.folder),
             processed=len(todo),
@@ -274,7 +276,7 @@ class _Job:
             seconds=time.monotonic() - start,
             stopped=receipts["bug"] > self.max_bugs,
             report=path,
-            problem=problem,
+            problem="\n".join(problems),
         )
 
     def process(self, todo: Sequence[ManifestEntry], executor: Executor) -> Counter[str]:
@@ -310,6 +312,12 @@ class _Job:
         for _ in show(finished, total, "candidates scored", count=lambda c: c.n_candidates, quiet=self.quiet):
             pass
         return total
+
+
+def _tell_scoring(error: Exception) -> str:
+    """In a line where it was foreseen, with its traceback otherwise."""
+    foreseen = isinstance(error, (ModelError, WorkerDiedError))
+    return f"scoring: {error if foreseen else ''.join(traceback.format_exception(error))}"
 
 
 def _entries(manifest: str | Path | Sequence[ManifestEntry]) -> list[ManifestEntry]:

@@ -239,6 +239,17 @@ def test_a_model_that_does_not_fit_leaves_the_images_done(tmp_path):
     assert summary.exit_code == 3
 
 
+def test_a_bug_in_scoring_leaves_a_report_and_a_summary(tmp_path):
+    """Whatever the scoring raises is told after the images, beside what the report has to complain of."""
+    config = replace(_runs.CONFIG, classify=replace(_runs.CONFIG.classify, model="broken"))
+    summary = run(_runs.entries("n3"), tmp_path / "run", config=config, **SERIAL)
+    assert (summary.status.done, summary.exit_code, summary.report) == (1, 3, tmp_path / "run" / "report.html")
+    assert "nobody thought of this layer" in summary.problem
+    both = run(_runs.entries("n3"), tmp_path / "run", **SERIAL | {"steps": replace(STUBS, report=_runs.broken_report)})
+    assert "nobody thought of this layer" in both.problem
+    assert "no ink" in both.problem
+
+
 def test_a_report_that_fails_hides_nothing(tmp_path):
     """The run's own result is told, with the traceback of the report."""
     broken = replace(STUBS, report=_runs.broken_report)
