@@ -215,7 +215,8 @@ def plan(
 class _Job:
     """What the calls above have in common: the work on one run folder, once it is known what to do.
 
-    The model is loaded at once, so that a wrong name is known before the first image, as is a wrong word for the cluster.
+    The model is loaded at once, so that a wrong name is known before the first image; so is a wrong word for the
+    cluster.
     """
 
     def __init__(

@@ -254,8 +254,8 @@ class RunFolder:
         version = self.version()
         if version != batchproc.__version__:
             raise RunMismatchError(
-                f"{self.path} was begun with batchproc {version}, this is {batchproc.__version__}, which may give other "
-                f"values; begin a new run with another --out, or install batchproc {version} again to go on with this one"
+                f"{self.path} was begun with batchproc {version}, this is {batchproc.__version__}, which may give "
+                f"other values; begin a new run with another --out, or go on with this one under batchproc {version}"
             )
 
     def _read_record(self) -> dict[str, Any]:
