@@ -142,7 +142,7 @@ def cli() -> None:
 @_where_to_run
 def demo(out: Path, cluster: str, workers: int | None, quiet: bool) -> int:
     """Simulate a small night with known transients, find them, and say how many were found."""
-    _hold_threads(Config())
+    _set_up(Config(), cluster)
     from batchproc.demo import run_demo
 
     result = run_demo(out, cluster=cluster, workers=workers, quiet=quiet)
@@ -231,7 +231,7 @@ def run(
     was started; 3: a bug.
     """
     settings = None if config is None else Config.from_toml(config)  # read once: it may be a pipe
-    _hold_threads(settings)
+    _set_up(settings, cluster)
     from batchproc import job
 
     if dry_run:
@@ -274,7 +274,7 @@ def status(run: Path, as_json: bool) -> int:
 @_where_to_run
 def retry(run: Path, max_bugs: int, no_report: bool, cluster: str, workers: int | None, quiet: bool) -> int:
     """Try the images of a run again that failed."""
-    _hold_threads(None)
+    _set_up(None, cluster)
     from batchproc import job
 
     summary = job.retry(run, cluster=cluster, workers=workers, report=not no_report, max_bugs=max_bugs, quiet=quiet)
@@ -284,9 +284,7 @@ def retry(run: Path, max_bugs: int, no_report: bool, cluster: str, workers: int 
 
 @cli.command(epilog=_example("batchproc report RUN", "batchproc report RUN --truth truth.parquet"))
 @_run_folder
-@click.option(
-    "--truth", type=click.Path(path_type=Path), help="Known transients (CSV or Parquet), to be compared."
-)
+@click.option("--truth", type=click.Path(path_type=Path), help="Known transients (CSV or Parquet), to be compared.")
 def report(run: Path, truth: Path | None) -> int:
     """Write report.html of a run."""
     from batchproc.report import write_report
@@ -301,7 +299,7 @@ def report(run: Path, truth: Path | None) -> int:
 @_where_to_run
 def classify(run: Path, model: str, cluster: str, workers: int | None, quiet: bool) -> int:
     """Score the candidates of a run with another model; nothing that is finished is rewritten."""
-    _hold_threads(None)
+    _set_up(None, cluster)
     from batchproc import job
 
     n = job.classify(run, model, cluster=cluster, workers=workers, quiet=quiet)
@@ -378,11 +376,17 @@ def models_check(model: str) -> int:
     return 0
 
 
-def _hold_threads(config: Config | None) -> None:
-    """Hold NumPy's and other libraries' threads to the configured number; before they are imported."""
+def _set_up(config: Config | None, cluster: str) -> None:
+    """Hold NumPy's and other libraries' threads to the configured number; before they are imported.
+
+    A serial run works in this process, which is ours: then it keeps its memory as a worker does.
+    """
+    from batchproc.distribute.memory import keep_freed_memory
     from batchproc.distribute.threads import thread_environment
 
     os.environ.update(thread_environment((config or Config()).threads))
+    if cluster == "serial":
+        keep_freed_memory()
 
 
 def _tell_run(summary: RunSummary) -> str:

@@ -51,7 +51,7 @@ def process_images(
     max_bugs : int
         After more bugs than this the campaign stops: the iterator ends.
     """
-    work = partial(process_image, Job.of(folder, threads), process)
+    work = partial(process_image, Job.of(folder, threads, executor), process)
     bugs = 0
     lost: list[ManifestEntry] = []
     with ReceiptLog(folder) as log:
@@ -97,7 +97,7 @@ def classify_chunks(
 ) -> Iterator[Chunk]:
     """Score chunks and yield each when it is on the disk; an error of the model ends it."""
     folder.scores_of(model.name).mkdir(parents=True, exist_ok=True)
-    work = partial(classify_chunk, Job.of(folder, threads), model)
+    work = partial(classify_chunk, Job.of(folder, threads, executor), model)
     for chunk, outcome in sliding(executor, work, chunks):
         if outcome.error is not None:
             raise outcome.error

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from batchproc.distribute.executors import DaskExecutor, Executor, SerialExecutor
-from batchproc.distribute.threads import thread_environment
+from batchproc.distribute.threads import limit_threads, thread_environment
 from batchproc.errors import UsageError
 
 __all__ = ["check_cluster", "dashboard", "open_executor"]
@@ -63,7 +63,8 @@ def open_executor(
     """
     check_cluster(cluster)
     if cluster == "serial":
-        yield SerialExecutor()
+        with limit_threads(threads):  # of the caller's process, which gets its own back
+            yield SerialExecutor()
     elif cluster == "local":
         with _local_client(workers, threads, tasks) as client:
             yield DaskExecutor(client)

@@ -1,7 +1,7 @@
 """Where work runs, as a small protocol: submit a call, wait for some to finish.
 
 `SerialExecutor` runs each call here, when it is waited for; `DaskExecutor` hands it to a Dask cluster. Everything above
-(`sliding`, campaigns) is the same for both. A fake for tests has the same four methods.
+(`sliding`, campaigns) is the same for both. A fake for tests has the same members.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ class Executor(Protocol):
         """How many calls run at the same time."""
         ...
 
+    @property
+    def here(self) -> bool:
+        """Whether calls run in this process, whose settings are not ours to change."""
+        ...
+
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Hashable:
         """Accept a call; returns a ticket for it."""
         ...
@@ -56,6 +61,7 @@ class SerialExecutor:
     """One call after the other, in this process."""
 
     workers = 1
+    here = True
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[Hashable, Callable[[], Any]]] = deque()
@@ -88,6 +94,8 @@ class DaskExecutor:
     ----------
     client : distributed.Client
     """
+
+    here = False
 
     def __init__(self, client: Any) -> None:
         from distributed import as_completed

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from batchproc.config import Config
+from batchproc.distribute.executors import Executor
 from batchproc.distribute.memory import keep_freed_memory
 from batchproc.distribute.threads import limit_threads
 from batchproc.errors import ExposureError
@@ -47,16 +48,19 @@ class Job:
         `RunFolder.identity`: tells this run from one that had the folder before it.
     threads : int
         For every library of the process.
+    here : bool
+        The tasks run in the driver's process, which may be a user's own: they change nothing that outlasts them.
     """
 
     run: str
     identity: str
     threads: int = 1
+    here: bool = False
 
     @classmethod
-    def of(cls, folder: RunFolder, threads: int) -> Job:
+    def of(cls, folder: RunFolder, threads: int, executor: Executor) -> Job:
         """The job of a run that has been begun."""
-        return cls(str(folder.path.resolve()), folder.identity(), threads)
+        return cls(str(folder.path.resolve()), folder.identity(), threads, executor.here)
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,9 @@ def _prepare(job: Job) -> tuple[RunFolder, Config]:
     wisdom = folder.wisdom_file.read_text()
     if wisdom:
         import_wisdom(wisdom)
-    limit_threads(job.threads)
-    keep_freed_memory()
+    if not job.here:
+        limit_threads(job.threads)
+        keep_freed_memory()
     return folder, replace(folder.config(), threads=job.threads)
 
 

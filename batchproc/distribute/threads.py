@@ -7,6 +7,7 @@ imported already is told as far as it listens. FFTW and ONNX Runtime take their 
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 
 __all__ = ["limit_threads", "thread_environment"]
 
@@ -26,22 +27,32 @@ def thread_environment(threads: int) -> dict[str, str]:
     return dict.fromkeys(_VARIABLES, str(threads))
 
 
-def limit_threads(threads: int) -> None:
-    """Hold what this process has imported to so many threads: Numba, Blosc, Zarr, and BLAS with threadpoolctl."""
+def limit_threads(threads: int) -> ExitStack:
+    """Hold what this process has imported to so many threads: Numba, Blosc, Zarr, and BLAS with threadpoolctl.
+
+    Returns
+    -------
+    ExitStack
+        Used in a ``with`` block, it puts back at its end what was before; else the limits stay.
+    """
+    before = ExitStack()
     if "numba" in sys.modules:
         import numba
 
+        before.callback(numba.set_num_threads, numba.get_num_threads())
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     if "numcodecs" in sys.modules:
         from numcodecs import blosc
 
-        blosc.set_nthreads(threads)
+        before.callback(blosc.set_nthreads, blosc.set_nthreads(threads))
     if "zarr" in sys.modules:
         import zarr
 
+        before.callback(zarr.config.set, {"threading.max_workers": zarr.config.get("threading.max_workers")})
         zarr.config.set({"threading.max_workers": threads})
     try:
         import threadpoolctl
     except ImportError:  # not one of our dependencies: then the environment alone holds BLAS
-        return
-    threadpoolctl.threadpool_limits(threads)
+        return before
+    before.callback(threadpoolctl.threadpool_limits(threads).restore_original_limits)
+    return before

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from functools import partial
 
+import numba
 import pytest
+import zarr
+from numcodecs import blosc
 
 from batchproc.distribute.clusters import open_executor
 from batchproc.distribute.executors import Outcome, SerialExecutor, WorkerDiedError, sliding
@@ -33,6 +36,7 @@ class Backwards:
     """A fake: finishes what it has in the opposite order, and remembers how much that was."""
 
     workers = 2
+    here = True
 
     def __init__(self):
         self.waiting = []
@@ -124,13 +128,34 @@ def test_workers_are_told_their_number_of_threads(dask_executor):
 
 
 def test_limiting_threads_reaches_what_is_imported():
-    """Numba and Blosc of this process do as they are told."""
-    import numba
+    """Numba, Blosc and Zarr of this process do as they are told, and afterwards as before."""
 
-    before = numba.get_num_threads()
-    limit_threads(1)
-    assert numba.get_num_threads() == 1
-    numba.set_num_threads(before)
+    before = thread_counts()
+    with limit_threads(1):
+        assert thread_counts() == (1, 1, 1)
+    assert thread_counts() == before
+
+
+def test_a_serial_run_leaves_its_caller_as_it_was():
+    """Threads are held to the number while it works, and given back."""
+    before = thread_counts()
+    with open_executor("serial", threads=1) as executor:
+        assert [outcome.value for _, outcome in sliding(executor, call, [thread_counts])] == [(1, 1, 1)]
+    assert thread_counts() == before
+
+
+def thread_counts():
+    return numba.get_num_threads(), blosc_threads(), zarr.config.get("threading.max_workers")
+
+
+def blosc_threads():
+    n = blosc.set_nthreads(1)
+    blosc.set_nthreads(n)
+    return n
+
+
+def call(function):
+    return function()
 
 
 @pytest.mark.parametrize("word", ["slurm", ""])
