@@ -19,7 +19,7 @@ from batchproc.errors import ExposureError, RawFrameError, ReadError
 from batchproc.imaging.psf_model import PsfModel
 from batchproc.io.fitsfile import FitsFile, Hdu, open_fits, split_hdu
 from batchproc.io.headers import Calibration, calibrate, measured_time, number, raw_reason, text
-from batchproc.io.planes import NONSENSE, decode_mask, decode_variance, mask_rule
+from batchproc.io.planes import NONSENSE, blank_areas, decode_mask, decode_variance, mask_rule
 from batchproc.io.profiles import Profile, list_profiles, load_profile
 from batchproc.io.wcs import celestial_wcs, pixel_scale_arcsec
 from batchproc.records import Exposure, ManifestEntry, MaskBit, PsfLike
@@ -182,7 +182,7 @@ def read_image(
     if mask_plane is not None:
         cards = info.cards | mask_plane.cards
         bits |= decode_mask(mask_plane.pixels, mask_rule(info.profile.mask, cards), cards)
-    data = _clean(pixels, bits, info)
+    data, notes = _clean(pixels, bits, info)
     del pixels
     for (x0, x1, y0, y1), level in calibration.saturation_sections:
         bits[y0:y1, x0:x1][data[y0:y1, x0:x1] >= level] |= np.uint8(MaskBit.SATURATED)
@@ -204,7 +204,7 @@ def read_image(
         saturation=calibration.saturation * gain,
         zero_point=calibration.zero_point,
         wcs=info.wcs,
-        meta=_meta(info, calibration, given or {}, has_variance=variance_plane is not None),
+        meta=_meta(info, calibration, given or {}, has_variance=variance_plane is not None, notes=notes),
     )
 
 
@@ -454,16 +454,27 @@ def unknown_unit(info: ImageInfo) -> ReadError:
     )
 
 
-def _clean(pixels: NDArray[Any], bits: NDArray[np.uint8], info: ImageInfo) -> NDArray[np.float32]:
-    """Pixels as float32 in file units; what is no number becomes NO_DATA in `bits` and holds the median instead."""
+def _clean(pixels: NDArray[Any], bits: NDArray[np.uint8], info: ImageInfo) -> tuple[NDArray[np.float32], list[str]]:
+    """Pixels as float32 in file units, and remarks.
+
+    What is no number, and what lies in an area filled with exact zeros, becomes NO_DATA in `bits` and holds the median
+    instead.
+    """
     with np.errstate(all="ignore"):
         data = np.array(pixels, dtype=np.float32)
         bad = ~(np.abs(data) < NONSENSE)
     bits[bad] |= np.uint8(MaskBit.NO_DATA)
+    blank, notes = blank_areas(data), []
+    if blank is not None and not blank.all():
+        found_now = np.count_nonzero(blank & ((bits & MaskBit.NO_DATA) == 0))
+        if found_now:
+            notes = [f"{found_now} pixels in areas of exact zeros were taken for pixels without data"]
+        bits[blank] |= np.uint8(MaskBit.NO_DATA)
+        bad |= blank
     empty = (bits & MaskBit.NO_DATA) != 0
     good = data[~empty] if empty.any() else data
     if good.size == 0 or good.min() == good.max():
-        found = "no finite pixel" if good.size == 0 else f"{good.min():g} in every pixel"
+        found = f"no finite pixel{' but zeros' * bool(notes)}" if good.size == 0 else f"{good.min():g} in every pixel"
         raise ReadError(
             f"{info.path}[{info.hdu.index}]: {found}; expected an image of the sky. Look at the file: make it again, "
             f"or take its row out of the manifest.",
@@ -474,10 +485,12 @@ def _clean(pixels: NDArray[Any], bits: NDArray[np.uint8], info: ImageInfo) -> ND
         )
     if bad.any():
         data[bad] = np.median(good.ravel()[:: max(1, good.size // 100_000)])
-    return data
+    return data, notes
 
 
-def _meta(info: ImageInfo, calibration: Calibration, given: Mapping[str, Any], *, has_variance: bool) -> dict[str, Any]:
+def _meta(
+    info: ImageInfo, calibration: Calibration, given: Mapping[str, Any], *, has_variance: bool, notes: list[str]
+) -> dict[str, Any]:
     scale = pixel_scale_arcsec(info.wcs) if info.wcs is not None else number(info.cards, info.profile.pixel_scale)
     return {
         "path": info.path,
@@ -489,7 +502,7 @@ def _meta(info: ImageInfo, calibration: Calibration, given: Mapping[str, Any], *
         "exposure_time": calibration.exposure_time,
         "pixel_scale": scale,
         "assumed": tuple(calibration.assumed.values()),
-        "notes": tuple(info.notes),
+        "notes": (*info.notes, *notes),
         "variance_has_sources": info.profile.variance.has_sources if has_variance else None,
     }
 

@@ -7,14 +7,43 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from batchproc.io.profiles import MaskRule, holds
 from batchproc.records import MaskBit
 
-__all__ = ["decode_mask", "decode_variance", "mask_rule"]
+__all__ = ["blank_areas", "decode_mask", "decode_variance", "mask_rule"]
 
 #: Larger values than this are some program's way to say "nothing here".
 NONSENSE = 1e30
+#: Connected zeros are an area without data when a square of so many pixels a side fits into them.
+BLANK_SIDE = 9
+
+
+def blank_areas(data: NDArray[Any]) -> NDArray[np.bool_] | None:
+    """Find the areas that a resampling program filled with exact zeros, for it had no data there.
+
+    Parameters
+    ----------
+    data : ndarray (ny, nx)
+
+    Returns
+    -------
+    ndarray (ny, nx) bool or None
+        Zeros connected (by their sides) to a square of `BLANK_SIDE` zeros; None where there is no such square. Zeros
+        on their own are pixel values like others.
+    """
+    zero = data == 0
+    if np.count_nonzero(zero) < BLANK_SIDE**2:
+        return None
+    # Minimum of a running square: True in the centre of each square of zeros.
+    centres = ndimage.minimum_filter(zero.view(np.uint8), BLANK_SIDE, mode="constant", cval=0).view(bool)
+    if not centres.any():
+        return None
+    labels, n_labels = ndimage.label(zero)
+    blank = np.zeros(n_labels + 1, bool)
+    blank[labels[centres]] = True
+    return blank[labels]  # type: ignore[no-any-return]
 
 
 def mask_rule(rules: Sequence[MaskRule], cards: Mapping[str, Any]) -> MaskRule:

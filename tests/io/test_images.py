@@ -87,6 +87,38 @@ def test_what_is_no_number_is_no_data(tmp_path: Path, value: float) -> None:
     np.testing.assert_allclose(image.data[2:4, 7], 200, atol=5)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int16, np.uint16])
+@pytest.mark.parametrize("name", ["a.fits", "a.fits.gz"])
+def test_areas_of_exact_zeros_are_no_data(tmp_path: Path, dtype: type, name: str) -> None:
+    """What a resampling program filled is found whole, at the edge or inside; the level of the sky does not see it."""
+    data = sky().astype(dtype)
+    rows, columns = np.indices(SHAPE)
+    blank = columns < 9 + rows // 4  # a slanted edge
+    blank[30, :30] = True  # narrower than the square, but connected
+    blank[15:24, 35:44] = True
+    data[blank] = 0
+    data[5, 40] = data[28, 36:48] = 0  # isolated zeros
+    image = read_image(write(tmp_path / name, data))
+    np.testing.assert_array_equal(image.mask == MaskBit.NO_DATA, blank)
+    assert not image.mask[~blank].any()
+    assert image.data[blank].min() == image.data[blank].max() == pytest.approx(200, abs=4)
+    assert image.data[5, 40] == 0
+    assert image.meta["notes"] == (f"{blank.sum()} pixels in areas of exact zeros were taken for pixels without data",)
+
+
+def test_smaller_groups_of_zeros_are_values(tmp_path: Path) -> None:
+    """No square of 9 pixels a side: a pixel like others, however many of them."""
+    data = sky()
+    data[3:11, 3:40] = 0
+    image = read_image(write(tmp_path / "a.fits", data))
+    assert not image.mask.any()
+    assert image.meta["notes"] == ()
+    np.testing.assert_array_equal(image.data, data * 2)
+    data[24:34, 5:15] = 0
+    image = read_image(write(tmp_path / "b.fits", data))
+    assert image.meta["notes"] == ("100 pixels in areas of exact zeros were taken for pixels without data",)
+
+
 def test_a_degenerate_third_axis_is_no_cube(tmp_path: Path) -> None:
     """NAXIS3 = 1 is an image; NAXIS3 = 2 is not."""
     image = read_image(write(tmp_path / "a.fits", sky()[None]))
