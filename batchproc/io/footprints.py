@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from batchproc.errors import ManifestError, ReadError
+from batchproc.io.companions import PLANES, find_companions
 from batchproc.io.fitsfile import quiet, split_hdu
 from batchproc.io.images import ImageInfo, image_hdus, inspect_image
 from batchproc.io.profiles import list_profiles, load_profile
@@ -35,7 +36,8 @@ def build_manifest(
     Parameters
     ----------
     images, references : iterable of str or Path
-        Files; one with several CCDs gives a row, or a reference, for each of them.
+        Files; one with several CCDs gives a row, or a reference, for each of them. A file that is the mask, variance
+        or weight map of another one, by its name, is left out.
     instrument : str, optional
         Name of the instrument profile; by default each header is recognised.
 
@@ -56,14 +58,18 @@ def build_manifest(
     if instrument is not None and load_profile(instrument).name not in list_profiles():
         raise ManifestError(f"put {instrument} into the folder that BATCHPROC_INSTRUMENTS names, and give its name")
     notes: list[str] = []
-    news = _inspect_all(images, instrument, notes)
-    refs = _inspect_all(references, instrument, notes)
+    given = [[os.path.abspath(os.path.expanduser(path)) for path in paths] for paths in (images, references)]
+    files = _Files()
+    inspected = _inspect_all(dict.fromkeys([*given[0], *given[1]]), instrument)
+    owners = _planes_of(inspected, files)
+    notes += [f"{path}: left out: it belongs to {owners[path]}" for path in inspected if path in owners]
+    news, refs = (list(_readable(paths, inspected, owners, notes)) for paths in given)
     rows = []
     for (spec, info), chosen in zip(news, _choose_all([i for _, i in news], [i for _, i in refs]), strict=True):
         if not chosen:
             notes.append(f"{spec}: {_why_none(info, [i for _, i in refs])}")
             continue
-        rows.append(_row(spec, info, [refs[number] for number in chosen]))
+        rows.append(_row(spec, info, [refs[number] for number in chosen], files))
     if not rows:
         detail = "\n".join(f"  {note}" for note in notes[:20]) or "  no images given"
         raise ManifestError(f"no image has a reference:\n{detail}")
@@ -102,15 +108,57 @@ def _grid(shape: tuple[int, int]) -> NDArray[np.float64]:
     return np.column_stack([x.ravel(), y.ravel()])
 
 
-def _inspect_all(paths: Iterable[str | Path], instrument: str | None, notes: list[str]) -> list[tuple[str, ImageInfo]]:
-    found = []
+#: What the headers of a file say: of each of its images, or why it cannot be read.
+Inspected = dict[str, list[tuple[str, ImageInfo]] | ReadError]
+
+
+class _Files(dict[Path, frozenset[str]]):
+    """Names of the files of a folder: each folder is read once, however many names are looked for."""
+
+    def __missing__(self, folder: Path) -> frozenset[str]:
+        try:
+            self[folder] = frozenset(os.listdir(folder))
+        except OSError:
+            self[folder] = frozenset()
+        return self[folder]
+
+
+def _inspect_all(paths: Iterable[str], instrument: str | None) -> Inspected:
+    found: Inspected = {}
     for path in paths:
         try:
-            for spec in image_hdus(os.path.abspath(os.path.expanduser(path))):
-                found.append((spec, inspect_image(spec, profile=instrument)))
+            found[path] = [(spec, inspect_image(spec, profile=instrument)) for spec in image_hdus(path)]
         except ReadError as error:
-            notes.append(str(error))
+            found[path] = error
     return found
+
+
+def _planes_of(inspected: Inspected, files: _Files) -> dict[str, str]:
+    """Given files that are the mask, the variance, … of another given one, and of which."""
+    by_path = {split_hdu(given)[0]: given for given in inspected}
+    owners: dict[str, str] = {}
+    for path, given in by_path.items():
+        images = inspected[given]
+        # An image that cannot be read still owns its planes: they are no images either.
+        profile = load_profile("generic") if isinstance(images, ReadError) else images[0][1].profile
+        for kind in PLANES:
+            for plane in find_companions(path, profile.companions, kind, files[path.parent]):
+                if plane in by_path:
+                    owners[by_path[plane]] = given
+    return owners
+
+
+def _readable(
+    paths: Iterable[str], inspected: Inspected, owners: Mapping[str, str], notes: list[str]
+) -> Iterator[tuple[str, ImageInfo]]:
+    for path in paths:
+        images = inspected[path]
+        if path in owners:
+            continue
+        if isinstance(images, ReadError):
+            notes.append(str(images))
+        else:
+            yield from images
 
 
 def _choose_all(images: Sequence[ImageInfo], references: Sequence[ImageInfo]) -> list[list[int]]:
@@ -172,26 +220,25 @@ def _why_none(image: ImageInfo, references: Sequence[ImageInfo]) -> str:
     return f"left out: none of {len(references)} references overlaps it"
 
 
-def _row(spec: str, info: ImageInfo, references: Sequence[tuple[str, ImageInfo]]) -> dict[str, Any]:
+def _row(spec: str, info: ImageInfo, references: Sequence[tuple[str, ImageInfo]], files: _Files) -> dict[str, Any]:
     name = info.profile.name
     row: dict[str, Any] = {
         "new": spec,
         "ref": ";".join(reference for reference, _ in references),
         "survey": "" if name == "generic" else name,
     }
-    for kind in ("mask", "variance"):
-        row[f"new_{kind}"] = _companion(spec, info, kind)
-        planes = [_companion(reference, described, kind) for reference, described in references]
-        row[f"ref_{kind}"] = ";".join(planes) if any(planes) else ""
+    for column, kinds in (("mask", PLANES[:1]), ("variance", PLANES[1:])):
+        row[f"new_{column}"] = _companion(spec, info, kinds, files)
+        planes = [_companion(reference, described, kinds, files) for reference, described in references]
+        row[f"ref_{column}"] = ";".join(planes) if any(planes) else ""
     return row
 
 
-def _companion(spec: str, info: ImageInfo, kind: str) -> str:
-    """Path of the file with the mask or the variance, if the profile says how it is called and it is there."""
+def _companion(spec: str, info: ImageInfo, kinds: Sequence[str], files: _Files) -> str:
+    """Path of the file with a plane of one of these kinds, if there is one; "" if not."""
     path, hdu = split_hdu(spec)
-    for mine, its in getattr(info.profile.companions, kind):
-        other = path.with_name(path.name.replace(mine, its))
-        if mine in path.name and other.is_file():
+    for kind in kinds:
+        for other in find_companions(path, info.profile.companions, kind, files[path.parent]):
             return f"{other}[{hdu}]" if isinstance(hdu, str) else str(other)
     return ""
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from batchproc.errors import ExposureError, RawFrameError, ReadError
 from batchproc.imaging.psf_model import PsfModel
+from batchproc.io.companions import companion_names
 from batchproc.io.fitsfile import FitsFile, Hdu, open_fits, split_hdu
 from batchproc.io.headers import Calibration, calibrate, measured_time, number, raw_reason, text
 from batchproc.io.planes import NONSENSE, blank_areas, decode_mask, decode_variance, mask_rule
@@ -204,7 +205,7 @@ def read_image(
         saturation=calibration.saturation * gain,
         zero_point=calibration.zero_point,
         wcs=info.wcs,
-        meta=_meta(info, calibration, given or {}, has_variance=variance_plane is not None, notes=notes),
+        meta=_meta(info, calibration, given or {}, variance_plane=variance_plane, notes=notes),
     )
 
 
@@ -346,6 +347,7 @@ class _Plane:
     pixels: NDArray[Any]
     cards: dict[str, Any]
     meaning: str
+    has_sources: bool
 
 
 def _own_plane(file: FitsFile, info: ImageInfo, kind: str) -> _Plane | None:
@@ -393,10 +395,14 @@ def _load_plane(file: FitsFile, hdu: Hdu, info: ImageInfo, kind: str) -> _Plane:
             f"a {kind} plane of {found}", f"{expected}, as {info.path}[{info.hdu.index}]", hdu=hdu.index, do=do
         )
     extensions = info.profile.extensions
-    meaning = info.profile.variance.meaning
+    meaning, has_sources = info.profile.variance.meaning, info.profile.variance.has_sources
+    for name in ("weight", "sigma"):
+        if file.path.name in companion_names(Path(info.path).name, info.profile.companions, name):
+            # Maps of SWarp and SExtractor, which tell of the sky alone.
+            meaning, has_sources = name, False
     for name, names in (("variance", extensions.variance), ("weight", extensions.weight), ("sigma", extensions.sigma)):
         meaning = name if hdu.name in names else meaning
-    return _Plane(file.pixels(hdu), hdu.cards, meaning)
+    return _Plane(file.pixels(hdu), hdu.cards, meaning, has_sources)
 
 
 # ---- numbers
@@ -489,7 +495,12 @@ def _clean(pixels: NDArray[Any], bits: NDArray[np.uint8], info: ImageInfo) -> tu
 
 
 def _meta(
-    info: ImageInfo, calibration: Calibration, given: Mapping[str, Any], *, has_variance: bool, notes: list[str]
+    info: ImageInfo,
+    calibration: Calibration,
+    given: Mapping[str, Any],
+    *,
+    variance_plane: _Plane | None,
+    notes: list[str],
 ) -> dict[str, Any]:
     scale = pixel_scale_arcsec(info.wcs) if info.wcs is not None else number(info.cards, info.profile.pixel_scale)
     return {
@@ -503,7 +514,7 @@ def _meta(
         "pixel_scale": scale,
         "assumed": tuple(calibration.assumed.values()),
         "notes": (*info.notes, *notes),
-        "variance_has_sources": info.profile.variance.has_sources if has_variance else None,
+        "variance_has_sources": variance_plane.has_sources if variance_plane is not None else None,
     }
 
 

@@ -91,13 +91,18 @@ class Extensions:
 
 @dataclass(frozen=True)
 class Companions:
-    """File names of the planes: pairs of what stands in the name of the image and what stands there instead."""
+    """File names of the planes: pairs of what stands in the name of the image and what stands there instead.
+
+    An empty first text stands for the end of the name, before ``.fits`` and the like.
+    """
 
     mask: list[Any] = field(default_factory=list)
     variance: list[Any] = field(default_factory=list)
+    weight: list[Any] = field(default_factory=list)
+    sigma: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for pair in (*self.mask, *self.variance):
+        for pair in (*self.mask, *self.variance, *self.weight, *self.sigma):
             if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) for part in pair)):
                 raise ConfigError(f'companions: {pair!r}: expected a pair of texts, as in ["sciimg", "mskimg"]')
 

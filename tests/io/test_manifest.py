@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from batchproc.errors import ManifestError
 from batchproc.io.images import read_new, read_refs
 from batchproc.io.manifest import build_manifest, check_manifest, manifest_digest, read_manifest, write_manifest
+from batchproc.io.night import simulate_night
 from batchproc.records import ManifestEntry
 from tests.io.fitsfiles import CARDS, SHAPE, sky, write, write_mef
 
@@ -302,6 +303,49 @@ def test_every_ccd_is_a_row(tmp_path: Path) -> None:
     assert set(table["survey"]) == {"decam"}
     write_manifest(table, tmp_path / "m.csv")
     assert read_new(read_manifest(tmp_path / "m.csv")[1]).mask.sum() == min(SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "variance"),
+    [
+        ("x.fits", "x_mask.fits", "x_variance.fits"),
+        ("x.fits", "x.mask.fits.fz", "x.weight.fits"),
+        ("x.fits.fz", "x_mask.fits.fz", "x_var.fits.gz"),
+        ("x.fits.gz", "x.msk.fits", "x.rms.fits.gz"),
+        ("x.fit", "x_dq.fit", "x_weight.fit"),
+    ],
+)
+def test_planes_are_no_images(place: Callable[..., str], image: str, mask: str, variance: str) -> None:
+    """With everything of a folder given, each plane goes to its image, however compressed, and is no row of its own."""
+    given = [place(f"night/{name}") for name in (variance, mask, image)] + [place("night/lonely_mask.fits")]
+    reference, ref_mask = place("refs/r.fits"), place("refs/r_mask.fits")
+    table = build_manifest(given, [reference, ref_mask])
+    assert table["new"].tolist() == given[2:]
+    assert table["new_mask"].tolist() == [given[1], ""]
+    assert table["new_variance"].tolist() == [given[0], ""]
+    assert set(table["ref"]) == {reference}
+    assert set(table["ref_mask"]) == {ref_mask}
+    owners = [(given[0], given[2]), (given[1], given[2]), (ref_mask, reference)]
+    assert table.attrs["notes"] == [f"{plane}: left out: it belongs to {owner}" for plane, owner in owners]
+
+
+def test_weights_and_rms_are_known_by_their_names(tmp_path: Path) -> None:
+    """Without an EXTNAME the file's name tells what it holds; of the sky alone, so sources are still to be added."""
+    image = write(tmp_path / "x.fits")
+    for name, value, sources in [("x_var.fits", 25, True), ("x.weight.fits", 1 / 25, False), ("x_rms.fits", 5, False)]:
+        plane = write(tmp_path / name, np.full(SHAPE, value, np.float32))
+        read = read_new(ManifestEntry(image_id="x", new=str(image), ref=("r",), new_variance=str(plane)))
+        np.testing.assert_allclose(read.variance, 25 * 2**2, rtol=1e-6)
+        assert read.meta["variance_has_sources"] is sources
+
+
+def test_a_simulated_night_is_found_again_from_its_folder(tmp_path: Path) -> None:
+    """All files of images/ and references/ give the rows that the simulation wrote: files, extensions and masks."""
+    written = read_manifest(simulate_night(tmp_path, n_images=6, size=256, n_transients=1))
+    images, references = (sorted((tmp_path / name).iterdir()) for name in ("images", "references"))
+    write_manifest(build_manifest(images, references), tmp_path / "built.csv")
+    built = read_manifest(tmp_path / "built.csv")
+    assert {(e.new, e.ref, e.new_mask) for e in built} == {(e.new, e.ref, e.new_mask) for e in written}
 
 
 def test_one_reference_without_a_wcs_is_taken(place: Callable[..., str]) -> None:
