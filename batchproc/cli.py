@@ -1,8 +1,8 @@
 """The command line. A verb parses, calls one function, prints.
 
-Exit codes: 0 all done; 1 finished, some images failed (they are listed); 2 usage or bad configuration; 3 a bug or a
-fault. Results go to standard output, progress and errors to standard error. Everything heavy is imported inside the
-verbs, so that ``--help`` is quick.
+Exit codes: 0 all done; 1 finished, some images failed (they are listed) or are missing; 2 usage or bad configuration;
+3 a bug or a fault. Results go to standard output, progress and errors to standard error. Everything heavy is imported
+inside the verbs, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -227,8 +227,8 @@ def run(
 ) -> int:
     """Process the images of a manifest; again on the same folder, what is missing of them.
 
-    Images that failed before are left to `batchproc retry`. Exit code 0: all done; 1: some images failed; 2: nothing
-    was started; 3: a bug.
+    Images that failed before are left to `batchproc retry`. Exit code 0: all done, or with --pilot what was asked for;
+    1: some images failed; 2: nothing was started; 3: a bug.
     """
     settings = None if config is None else Config.from_toml(config)  # read once: it may be a pipe
     _set_up(settings, cluster)
@@ -273,7 +273,11 @@ def status(run: Path, as_json: bool) -> int:
 @_report
 @_where_to_run
 def retry(run: Path, max_bugs: int, no_report: bool, cluster: str, workers: int | None, quiet: bool) -> int:
-    """Try the images of a run again that failed."""
+    """Try the images of a run again that failed.
+
+    Images that were never tried are left to `batchproc run`. Exit code 0: the run is all done; 1: images still fail or
+    are missing; 2: nothing was started; 3: a bug.
+    """
     _set_up(None, cluster)
     from batchproc import job
 
@@ -393,6 +397,11 @@ def _tell_run(summary: RunSummary) -> str:
     lines = [_tell_status(summary.status), f"in {duration(summary.seconds)}"]
     if summary.stopped:
         lines.append("stopped: too many bugs; their tracebacks are in failures.parquet")
+    if summary.left:
+        run = summary.status.run
+        lines.append(
+            f"{summary.left} images were not tried: `batchproc run {run}/manifest.parquet --out {run}` does them"
+        )
     if summary.problem:
         lines.append(summary.problem.rstrip())
     if summary.report is not None:

@@ -65,6 +65,8 @@ class RunSummary:
     report : Path or None
     problem : str
         What went wrong after the images, in scoring and in the report; empty when nothing did.
+    pilot : bool
+        Only some of the missing images were asked for.
     """
 
     status: Status
@@ -74,13 +76,19 @@ class RunSummary:
     stopped: bool
     report: Path | None
     problem: str = ""
+    pilot: bool = False
+
+    @property
+    def left(self) -> int:
+        """Images that have not been tried though they were asked for."""
+        return 0 if self.pilot else self.status.missing
 
     @property
     def exit_code(self) -> int:
-        """0 all done; 1 finished, some images failed; 3 a bug."""
+        """0 all done that was asked for; 1 finished, some images failed or were never tried; 3 a bug."""
         if self.stopped or self.problem or self.status.bugs:
             return 3
-        return 1 if self.status.failed else 0
+        return 1 if self.status.failed or self.left else 0
 
 
 def run(
@@ -112,7 +120,8 @@ def run(
     workers : int, optional
         Processes of a local cluster.
     pilot : int, optional
-        Only so many of the missing images, spread over the manifest, to measure them.
+        Only so many of the missing images, spread over the manifest, to measure them. The exit code is then that of
+        what was asked for: 0 though images are missing.
     report : bool
         Write ``report.html`` at the end.
     max_bugs : int
@@ -141,7 +150,8 @@ def run(
         todo = [entry for entry in entries if entry.image_id not in tried]
         if tried:
             say(f"{len(tried)} of {len(entries)} images were tried before; {len(todo)} are missing", quiet=quiet)
-        return job.carry_out(todo if pilot is None else spread(todo, pilot))
+        summary = job.carry_out(todo if pilot is None else spread(todo, pilot))
+        return replace(summary, pilot=pilot is not None)
 
 
 def retry(
@@ -154,7 +164,7 @@ def retry(
     quiet: bool = False,
     steps: Steps = Steps(),
 ) -> RunSummary:
-    """Try the images again that failed; arguments as for `run`."""
+    """Try the images again that failed; arguments as for `run`, which is what does those that were never tried."""
     folder = RunFolder.existing(out)
     folder.check_version()
     job = _Job(folder, folder.config(), steps, cluster, workers, report, max_bugs, quiet)

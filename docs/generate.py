@@ -74,8 +74,8 @@ def command_line() -> str:
         table(
             ("exit code", "means"),
             [
-                ("0", "all done"),
-                ("1", "finished; some images failed, and are listed"),
+                ("0", "all done; with `--pilot`, what was asked for"),
+                ("1", "finished; some images failed, and are listed, or were never tried"),
                 ("2", "usage or bad configuration; nothing was started"),
                 ("3", "stopped by a bug or a fault"),
             ],

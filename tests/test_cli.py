@@ -178,6 +178,18 @@ def test_pilot_measures_and_the_rest_follows(call, night):
     assert "4 of 4 images done" in call("run", *night("n1", "n2", "n3", "n4"))[1]
 
 
+def test_retry_does_not_call_a_run_done_that_is_not(call, night, tmp_path):
+    """Images that were never tried are counted, and the command is named that does them; it works."""
+    call("run", *night("n1", "n2", "n3", "n4"), "--pilot", 2, "-q")
+    code, out, _ = call("retry", tmp_path / "run", "--cluster", "serial", "-q")
+    assert code == 1
+    command = f"batchproc run {tmp_path}/run/manifest.parquet --out {tmp_path}/run"
+    assert f"2 images were not tried: `{command}`" in out
+    code, out, _ = call(*command.split()[1:], "--cluster", "serial", "-q")
+    assert code == 0
+    assert "4 of 4 images done" in out
+
+
 def test_settings_may_come_through_a_pipe(call, night, tmp_path):
     """They are read once, so nothing falls back to the defaults."""
     words = night("n1", "n2")
