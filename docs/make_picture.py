@@ -1,7 +1,7 @@
 """Draw the picture of the README from a finished run: ``python docs/make_picture.py RUN [PICTURE]``.
 
-Triplets of clean candidates that the model believes in: the new image, the reference, and the difference. They are
-chosen evenly along the significance, from the strongest down to `FAINTEST`: nobody picks the pretty ones.
+Triplets of unflagged candidates: the new image, the reference, and the difference. They are chosen evenly along the
+significance, from the strongest down to `FAINTEST`: nobody picks the pretty ones.
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ from batchproc import open_catalogue, open_stamps
 
 COLUMNS = 8
 FAINTEST = 10.0  # sigma
-SCORE = "score_realbogus"
 
 
 def choose(catalogue: pd.DataFrame, count: int) -> pd.DataFrame:
-    """``count`` clean candidates that scored at least 0.5, from the most to the least significant."""
-    bright = np.abs(catalogue["scorr"]) >= FAINTEST
-    real = catalogue[bright & (catalogue[SCORE] >= 0.5) & (catalogue["flags"] == 0)]
-    real = real.iloc[np.argsort(-np.abs(real["scorr"].to_numpy()), kind="stable")]
-    return real.iloc[np.linspace(0, len(real) - 1, count).round().astype(int)]
+    """``count`` unflagged candidates, from the most to the least significant."""
+    clean = catalogue[(np.abs(catalogue["scorr"]) >= FAINTEST) & (catalogue["flags"] == 0)]
+    clean = clean.iloc[np.argsort(-np.abs(clean["scorr"].to_numpy()), kind="stable")]
+    return clean.iloc[np.linspace(0, len(clean) - 1, count).round().astype(int)]
 
 
 def draw(run: str | Path, picture: str | Path, columns: int = COLUMNS) -> None:
