@@ -123,7 +123,7 @@ def write_model(net: RealBogusNet, parts: dict[str, Harvest], out: Path, notes: 
         default_variant="float",
         input=INPUT,
         files={"float": {"path": "model.onnx", "sha256": file_hash(out / "model.onnx")}},
-        meant_for={"fwhm_pix": [1.8, 6.5], "sigma_at_least": 5.0},
+        meant_for={"fwhm_pix": [1.8, 6.5], "pixel_scale_arcsec": [0.2, 1.3], "sigma_at_least": 5.0},
         training=notes,
     )
     (out / CARD).write_text(card.to_toml())
