@@ -155,8 +155,6 @@ class Difference:
     ----------
     difference : ndarray (ny, nx)
         D (E13): white, unit variance on blank sky.
-    score : ndarray (ny, nx)
-        S (E12): the matched filter of D.
     score_corr : ndarray (ny, nx)
         S_corr (E25), in sigma.
     flux, flux_err : ndarray (ny, nx)
@@ -168,12 +166,19 @@ class Difference:
     """
 
     difference: NDArray[np.floating]
-    score: NDArray[np.floating]
     score_corr: NDArray[np.floating]
     flux: NDArray[np.floating]
     flux_err: NDArray[np.floating]
     mask: NDArray[np.uint8]
     kernels: tuple[Kernels, ...]
+
+    @property
+    def score(self) -> NDArray[np.floating]:
+        """S (E12): the matched filter of D. Made of the flux on demand (S = α F_S); 0 where there is no flux."""
+        score = np.nan_to_num(self.flux)
+        for k in self.kernels:
+            score[k.y0 : k.y1, k.x0 : k.x1] *= k.f_s
+        return score
 
     @property
     def psf(self) -> NDArray[np.float64]:

@@ -1,34 +1,62 @@
 """ZOGY: the proper image subtraction of Zackay, Ofek & Gal-Yam (2016, ApJ 830, 27; doi:10.3847/0004-637X/830/1/27).
 
-The algebra of one frame: whole arrays in, whole arrays out, cyclic at its borders. Tiles, masks and what real images
-need besides are in `subtract`. Equation numbers (E13 …) are the paper's.
+The algebra of one frame, cyclic at its borders. Tiles, masks and what real images need besides are in `subtract`.
+Equation numbers (E13 …) are the paper's.
 
 The model: ``new = F_n T (x) P_n + noise`` and ``ref = F_r T (x) P_r + noise``. With F_n = 1 and F_r = 1 / flux_ratio,
 fluxes come out in the units of new.
+
+How it is computed: each image in units of its own noise, so that single precision is enough; with
+``a = F_n / sigma_n`` and ``b = F_r / sigma_r`` scaled to ``a² + b² = 1`` everything is of order one::
+
+    den = b² |P_r|² + a² |P_n|²
+    D^  = (b P_r N^ − a P_n R^) / sqrt(den)                                          E13
+    S^  = S_N^ − S_R^ = conj(a P_n) b² |P_r|² / den N^ − conj(b P_r) a² |P_n|² / den R^   E12
+
+and S, S_N, S_R over sqrt(F_S), the width of S on blank sky. Correlated noise of power Q(k) is whitened beforehand
+(N^ / sqrt(Q), P_n / sqrt(Q)), which leaves these formulas as they are. A frame takes eight transforms for its images
+and variances, and four for its PSFs; one pass over the spectra makes all products, and one over the pixels the rest.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numba
 import numpy as np
+import scipy.fft
 from numpy.typing import ArrayLike, NDArray
-from scipy.ndimage import gaussian_filter
 
 from batchproc.errors import SubtractError
 from batchproc.imaging.fft import Fft, get_fft
+from batchproc.imaging.noise import noise_power
 from batchproc.records import Difference, Kernels, MaskBit
 
 __all__ = [
+    "STENCIL",
     "Filters",
-    "Scores",
-    "apply_filters",
-    "corrected_score",
+    "Frame",
+    "Planes",
     "fill_masked",
+    "filter_frame",
     "interpolate_over",
     "make_filters",
+    "score_frame",
     "zogy",
 ]
+
+#: Reach of the central difference of eighth order that makes the gradients of S, in pixels.
+STENCIL = 4
+
+#: Where both |P^| fall below this, D has nothing to say of sources: it only has to stay white, and compact.
+FLOOR = 1e-6
+
+#: V(S) / F_S is never below this: a convolution by Fourier can come out at zero or below by rounding.
+LEAST_VARIANCE = 1e-3
+
+_FAST = {"contract", "arcp", "reassoc", "nsz"}  # not "nnan": NaN must stay NaN
 
 
 @dataclass(frozen=True)
@@ -37,23 +65,74 @@ class Filters:
 
     Attributes
     ----------
-    d_new, d_ref : ndarray (ny, nx // 2 + 1) complex128
-        ``D^ = d_new N^ − d_ref R^`` (E13).
-    k_new, k_ref : ndarray, likewise
-        ``S^ = k_new N^ − k_ref R^`` (E12, E28, E29).
+    fft : Fft
+    a, b : float
+        F_n / sigma_n and F_r / sigma_r, scaled to ``a² + b² = 1``.
+    f_s : float
+        F_S in the units that this scaling makes.
+    psf_new, psf_ref : ndarray (ny, nx // 2 + 1) complex64
+        P_n and P_r (whitened).
     k2_new, k2_ref : ndarray, likewise
-        Spectra of k² (squared in pixel space), which propagate variance to S (E26, E27).
+        Spectra of k² (squared in pixel space) over F_S, which propagate variance to S (E26, E27).
+    white_new, white_ref : ndarray (ny, nx // 2 + 1) float32, or (1, 1)
+        1 / sqrt(Q), what whitens each image; of one element where its noise is white already.
     kernels : Kernels
     """
 
     fft: Fft
-    d_new: NDArray[np.complex128]
-    d_ref: NDArray[np.complex128]
-    k_new: NDArray[np.complex128]
-    k_ref: NDArray[np.complex128]
-    k2_new: NDArray[np.complex128]
-    k2_ref: NDArray[np.complex128]
+    a: float
+    b: float
+    f_s: float
+    psf_new: NDArray[np.complex64]
+    psf_ref: NDArray[np.complex64]
+    k2_new: NDArray[np.complex64]
+    k2_ref: NDArray[np.complex64]
+    white_new: NDArray[np.float32]
+    white_ref: NDArray[np.float32]
     kernels: Kernels
+
+
+class Frame(NamedTuple):
+    """One frame, all ``(ny, nx)`` float32: what goes in, in units of each image's sigma, and what comes back.
+
+    In: new, ref, and their variances over sigma². Back, in the same memory: D, S_N, S_R and V(S), in units of
+    sqrt(F_S) and F_S.
+    """
+
+    new: NDArray[np.float32]
+    ref: NDArray[np.float32]
+    variance_new: NDArray[np.float32]
+    variance_ref: NDArray[np.float32]
+
+
+class Planes(NamedTuple):
+    """What a frame hands on, all ``(ny, nx)`` float32.
+
+    Attributes
+    ----------
+    difference : D (E13).
+    score : S / sqrt(F_S) (E12).
+    variance : (V(S_N) + V(S_R)) / F_S (E26, E27).
+    total : the same with the variances of registration (E30–E33) and flux ratio added.
+    score_ref : S_R / sqrt(F_S), the static part of S: what a flux-ratio or PSF error multiplies.
+    gradient2 : (|∇S_N|² + |∇S_R|²) / F_S: what a registration error multiplies.
+    """
+
+    difference: NDArray[np.float32]
+    score: NDArray[np.float32]
+    variance: NDArray[np.float32]
+    total: NDArray[np.float32]
+    score_ref: NDArray[np.float32]
+    gradient2: NDArray[np.float32]
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int]) -> Planes:
+        """Planes of this shape, whatever they hold."""
+        return cls(*(np.empty(shape, np.float32) for _ in cls._fields))
+
+    def cut(self, area: tuple[slice, slice]) -> Planes:
+        """Views of a part of every plane."""
+        return Planes(*(plane[area] for plane in self))
 
 
 def make_filters(
@@ -64,8 +143,10 @@ def make_filters(
     sigma_new: float,
     sigma_ref: float,
     flux_ratio: float = 1.0,
+    noise_new: NDArray | None = None,
+    noise_ref: NDArray | None = None,
 ) -> Filters:
-    """Filters for frames of this shape.
+    """Filters for frames of this shape. Their spectra live in scratch memory: good until the next call.
 
     Parameters
     ----------
@@ -74,9 +155,11 @@ def make_filters(
     psf_new, psf_ref : ndarray (h, w)
         Odd-sized PSF stamps, centred, of unit sum.
     sigma_new, sigma_ref : float
-        Sky rms in the units of new and of ref; one number a frame: sigma belongs to k-space here.
+        Sky rms of single pixels in the units of new and of ref; one number a frame: sigma belongs to k-space here.
     flux_ratio : float
         F_new / F_ref.
+    noise_new, noise_ref : ndarray (n, n), optional
+        Autocorrelation of the noise: odd-sized, 1 at its centre. Default: white.
 
     Raises
     ------
@@ -85,121 +168,173 @@ def make_filters(
     """
     for name, value in (("sigma_new", sigma_new), ("sigma_ref", sigma_ref), ("flux_ratio", flux_ratio)):
         _require_number(name, value)
+    for name, psf in (("psf_new", psf_new), ("psf_ref", psf_ref)):
+        _require_psf(name, psf, shape)
+    a, b = 1 / sigma_new, 1 / (flux_ratio * sigma_ref)
+    scale = math.hypot(a, b)
+    a, b = a / scale, b / scale
+    small = _small_kernels(shape, psf_new, psf_ref, a, b, noise_new, noise_ref)
+
     fft = get_fft(shape)
-    p_new = fft.rfft2(_corner(psf_new, shape, "psf_new"))
-    p_ref = fft.rfft2(_corner(psf_ref, shape, "psf_ref"))
-    f_new, f_ref = 1.0, 1.0 / flux_ratio
-
-    power_new = np.abs(p_new) ** 2
-    power_ref = np.abs(p_ref) ** 2
-    den = (sigma_new * f_ref) ** 2 * power_ref + (sigma_ref * f_new) ** 2 * power_new
-    # Where both PSFs have no power at all the numerators vanish too.
-    den[den == 0] = 1.0
-    root = np.sqrt(den)
-
-    f_d = f_ref * f_new / np.hypot(sigma_new * f_ref, sigma_ref * f_new)  # E15
-    p_d = f_ref * f_new * p_ref * p_new / (f_d * root)  # E14
-    k_new = f_new * f_ref**2 * np.conj(p_new) * power_ref / den  # E28
-    k_ref = f_ref * f_new**2 * np.conj(p_ref) * power_new / den  # E29
-    # E42: Parseval's 1/N_pix, here as the value at the origin of an inverse transform.
-    f_s = float(fft.irfft2(f_new**2 * power_new * f_ref**2 * power_ref / den)[0, 0])
-
-    norm = np.hypot(sigma_new * f_ref, sigma_ref * f_new)
-    size = min(psf_new.shape[0] + psf_ref.shape[0] - 1, (min(shape) - 1) // 2 * 2 + 1)
-    psf = _stamp(fft.irfft2(p_d), size)
+    psf_new_hat = _spectrum(fft, psf_new, "psf_new")
+    psf_ref_hat = _spectrum(fft, psf_ref, "psf_ref")
+    white_new, white_ref = (_whitening(fft, noise) for noise in (noise_new, noise_ref))
+    if noise_new is not None:
+        psf_new_hat *= white_new
+    if noise_ref is not None:
+        psf_ref_hat *= white_ref
     kernels = Kernels(
         x0=0,
         x1=shape[1],
         y0=0,
         y1=shape[0],
-        psf=psf / psf.sum(),
-        delta_new=_unit_norm(_stamp(fft.irfft2(p_ref * norm / root), size)),  # E129
-        delta_ref=_unit_norm(_stamp(fft.irfft2(p_new * norm / root), size)),  # E133
-        f_d=float(f_d),
-        f_s=f_s,
+        psf=small.psf,
+        delta_new=small.delta_new,
+        delta_ref=small.delta_ref,
+        f_d=small.f_d * scale,
+        f_s=small.f_s * scale**2,
         sigma_new=float(sigma_new),
         sigma_ref=float(sigma_ref),
     )
     return Filters(
         fft=fft,
-        d_new=f_ref * p_ref / root,
-        d_ref=f_new * p_new / root,
-        k_new=k_new,
-        k_ref=k_ref,
-        k2_new=fft.rfft2(fft.irfft2(k_new) ** 2),
-        k2_ref=fft.rfft2(fft.irfft2(k_ref) ** 2),
+        a=a,
+        b=b,
+        f_s=small.f_s,
+        psf_new=psf_new_hat,
+        psf_ref=psf_ref_hat,
+        k2_new=_spectrum(fft, small.k2_new, "k2_new"),
+        k2_ref=_spectrum(fft, small.k2_ref, "k2_ref"),
+        white_new=white_new,
+        white_ref=white_ref,
         kernels=kernels,
     )
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What comes out of one frame, before S is divided by its noise. All ``(ny, nx)`` float64.
-
-    Attributes
-    ----------
-    difference : ndarray
-        D.
-    score : ndarray
-        S.
-    variance : ndarray
-        V(S_N) + V(S_R) (E26, E27).
-    score_ref : ndarray
-        S_R, the part of S that is the (static) reference: what a flux-ratio or PSF error multiplies.
-    gradient2_x, gradient2_y : ndarray
-        (dS_N/dx)² + (dS_R/dx)², likewise y: what a registration error multiplies (E30–E33).
-    """
-
-    difference: NDArray[np.float64]
-    score: NDArray[np.float64]
-    variance: NDArray[np.float64]
-    score_ref: NDArray[np.float64]
-    gradient2_x: NDArray[np.float64]
-    gradient2_y: NDArray[np.float64]
-
-
-def apply_filters(filters: Filters, new: NDArray, ref: NDArray, variance_new: NDArray, variance_ref: NDArray) -> Scores:
-    """D, S and the ingredients of S's variance for one frame (arrays of the filters' shape)."""
+def filter_frame(filters: Filters, frame: Frame) -> Frame:
+    """All convolutions of one frame, in place: see `Frame`. The arrays are aligned ones (`Fft.real`)."""
     fft = filters.fft
-    new_hat, ref_hat = fft.rfft2(new), fft.rfft2(ref)
-    s_new, s_ref = filters.k_new * new_hat, filters.k_ref * ref_hat
-    variance = fft.irfft2(filters.k2_new * fft.rfft2(variance_new) + filters.k2_ref * fft.rfft2(variance_ref))
-    # A convolution by FFT can fall to zero or below by rounding, and S_corr would explode.
-    np.maximum(variance, 1e-3 * filters.kernels.f_s, out=variance)
-    i_ky, i_kx = _derivatives(fft.shape)
-    return Scores(
-        difference=fft.irfft2(filters.d_new * new_hat - filters.d_ref * ref_hat),
-        score=fft.irfft2(s_new - s_ref),
-        variance=variance,
-        score_ref=fft.irfft2(s_ref),
-        # The exact derivative: a backward difference would displace S_corr's peak by half a pixel.
-        gradient2_x=fft.irfft2(i_kx * s_new) ** 2 + fft.irfft2(i_kx * s_ref) ** 2,
-        gradient2_y=fft.irfft2(i_ky * s_new) ** 2 + fft.irfft2(i_ky * s_ref) ** 2,
+    spectra = [fft.forward(image, fft.half(name)) for name, image in zip(Frame._fields, frame, strict=True)]
+    _multiply(
+        filters.psf_new,
+        filters.psf_ref,
+        filters.k2_new,
+        filters.k2_ref,
+        filters.white_new,
+        filters.white_ref,
+        *spectra,
+        np.float32(filters.a),
+        np.float32(filters.b),
+        np.float32(1 / (fft.shape[0] * fft.shape[1])),
+        np.float32(1 / math.sqrt(filters.f_s)),
     )
+    return Frame(*(fft.backward(spectrum, image) for spectrum, image in zip(spectra, frame, strict=True)))
 
 
-def corrected_score(
-    scores: Scores, registration_sigma: tuple[float, float] = (0.0, 0.0), flux_ratio_error: float = 0.0
-) -> NDArray[np.float64]:
-    """S_corr (E25): S over the square root of all its variances.
+@numba.njit(cache=True, fastmath=_FAST, error_model="numpy")
+def _multiply(  # type: ignore[no-untyped-def]  # numba
+    psf_new, psf_ref, k2_new, k2_ref, white_new, white_ref, new, ref, variance_new, variance_ref, a, b, unit, per_root
+):
+    """All products between the transforms, in one pass over the half spectra.
+
+    `new`, `ref`, `variance_new`, `variance_ref` hold N^, R^, V_N^, V_R^ and take D^, S_N^, S_R^, V(S)^.
+    `unit` is what FFTW leaves to be normalised; `per_root` is 1 / sqrt(F_S).
+    """
+    one = np.float32(1)
+    floor = np.float32(FLOOR)
+    per_floor2 = one / (floor * floor)
+    whiten_new, whiten_ref = white_new.size > 1, white_ref.size > 1
+    for i in range(new.shape[0]):
+        for j in range(new.shape[1]):
+            n, r = new[i, j], ref[i, j]
+            if whiten_new:
+                n *= white_new[i, j]
+            if whiten_ref:
+                r *= white_ref[i, j]
+            p, q = psf_new[i, j], psf_ref[i, j]
+            p_re, p_im, q_re, q_im = a * p.real, a * p.imag, b * q.real, b * q.imag
+            n_re, n_im, r_re, r_im = n.real, n.imag, r.real, r.imag
+            pp, qq = p_re * p_re + p_im * p_im, q_re * q_re + q_im * q_im
+            den = pp + qq
+            scale = per_root * unit / den if den > 0 else np.float32(0)
+            s_n, s_r = qq * scale, pp * scale
+            ref[i, j] = complex(s_n * (p_re * n_re + p_im * n_im), s_n * (p_re * n_im - p_im * n_re))
+            variance_new[i, j], variance_ref[i, j] = (
+                complex(s_r * (q_re * r_re + q_im * r_im), s_r * (q_re * r_im - q_im * r_re)),
+                unit * (k2_new[i, j] * variance_new[i, j] + k2_ref[i, j] * variance_ref[i, j]),
+            )
+            # Where both PSFs have no power, their phases are rounding: take 0, so that D's filter stays compact.
+            t = den * per_floor2
+            floored = floor / (one + t * t)
+            p_re, q_re = p_re + a * floored, q_re + b * floored
+            root = unit / np.sqrt(p_re * p_re + p_im * p_im + q_re * q_re + q_im * q_im)
+            new[i, j] = complex(
+                root * (q_re * n_re - q_im * n_im - p_re * r_re + p_im * r_im),
+                root * (q_re * n_im + q_im * n_re - p_re * r_im - p_im * r_re),
+            )
+
+
+@numba.njit(cache=True, fastmath=_FAST, error_model="numpy")
+def score_frame(  # type: ignore[no-untyped-def]  # numba
+    frame, y0, x0, sigma2_x, sigma2_y, sigma2_beta, out
+):
+    """Scores and their variances from a filtered frame: one pass over its pixels.
 
     Parameters
     ----------
-    scores : Scores
-    registration_sigma : (float, float)
-        Rms registration error (x, y) in pixels, new relative to ref.
-    flux_ratio_error : float
-        Relative error of the flux ratio, σ_β / β. It multiplies all of S_R at once, so its variance is
-        (σ_β / β)² S_R².
+    frame : Frame
+        From `filter_frame`.
+    y0, x0 : int
+        The first pixel of the frame that is wanted, at least `STENCIL` from its border.
+    sigma2_x, sigma2_y : float32
+        Variance of the registration in x and y, pixels².
+    sigma2_beta : float32
+        Relative variance of the flux ratio.
+    out : Planes
+        Written: as many pixels as they have.
     """
-    sigma_x, sigma_y = registration_sigma
-    variance = (
-        scores.variance
-        + sigma_x**2 * scores.gradient2_x
-        + sigma_y**2 * scores.gradient2_y
-        + flux_ratio_error**2 * scores.score_ref**2
-    )
-    return scores.score / np.sqrt(variance)
+    d, s_n, s_r, v = frame
+    difference, score, variance, total, score_ref, gradient2 = out
+    ny, nx = difference.shape
+    c1, c2, c3, c4 = np.float32(4 / 5), np.float32(-1 / 5), np.float32(4 / 105), np.float32(-1 / 280)
+    least = np.float32(LEAST_VARIANCE)
+    for i in range(ny):
+        y = y0 + i
+        for j in range(nx):
+            x = x0 + j
+            n_x = (
+                c1 * (s_n[y, x + 1] - s_n[y, x - 1])
+                + c2 * (s_n[y, x + 2] - s_n[y, x - 2])
+                + c3 * (s_n[y, x + 3] - s_n[y, x - 3])
+                + c4 * (s_n[y, x + 4] - s_n[y, x - 4])
+            )
+            r_x = (
+                c1 * (s_r[y, x + 1] - s_r[y, x - 1])
+                + c2 * (s_r[y, x + 2] - s_r[y, x - 2])
+                + c3 * (s_r[y, x + 3] - s_r[y, x - 3])
+                + c4 * (s_r[y, x + 4] - s_r[y, x - 4])
+            )
+            n_y = (
+                c1 * (s_n[y + 1, x] - s_n[y - 1, x])
+                + c2 * (s_n[y + 2, x] - s_n[y - 2, x])
+                + c3 * (s_n[y + 3, x] - s_n[y - 3, x])
+                + c4 * (s_n[y + 4, x] - s_n[y - 4, x])
+            )
+            r_y = (
+                c1 * (s_r[y + 1, x] - s_r[y - 1, x])
+                + c2 * (s_r[y + 2, x] - s_r[y - 2, x])
+                + c3 * (s_r[y + 3, x] - s_r[y - 3, x])
+                + c4 * (s_r[y + 4, x] - s_r[y - 4, x])
+            )
+            g_x, g_y = n_x * n_x + r_x * r_x, n_y * n_y + r_y * r_y
+            static = s_r[y, x]
+            noise = max(v[y, x], least)
+            difference[i, j] = d[y, x]
+            score[i, j] = s_n[y, x] - static
+            variance[i, j] = noise
+            total[i, j] = noise + sigma2_x * g_x + sigma2_y * g_y + sigma2_beta * static * static
+            score_ref[i, j] = static
+            gradient2[i, j] = g_x + g_y
 
 
 def zogy(
@@ -216,6 +351,8 @@ def zogy(
     registration_sigma: tuple[float, float] = (0.0, 0.0),
     flux_ratio_error: float = 0.0,
     mask: ArrayLike | None = None,
+    noise_new: ArrayLike | None = None,
+    noise_ref: ArrayLike | None = None,
 ) -> Difference:
     """Subtract ``ref`` from ``new`` by proper image subtraction.
 
@@ -240,12 +377,17 @@ def zogy(
     mask : array_like (ny, nx) of bool, optional
         True where bad in either image. Such pixels are replaced alike in both images before the transforms, and D, S
         and S_corr are 0 there and their flux is NaN.
+    noise_new, noise_ref : array_like (n, n), optional
+        Autocorrelation of each image's noise on blank sky: odd-sized, 1 at its centre (`batchproc.imaging.noise`
+        measures it). Default: white.
 
     Returns
     -------
     Difference
         ``difference`` (D, E13), ``score`` (S, E12), ``score_corr`` (S_corr, E25), ``flux`` and ``flux_err`` (E41, E43)
-        in the units of new, ``psf`` (P_D, E14).
+        in the units of new, ``psf`` (P_D, E14); images float32. D is white everywhere, also where both PSFs have lost
+        their power; what it says of sources holds where |P^| is above 1e-4. Gradients of S are central differences
+        of eighth order, which do not displace S_corr's peak.
 
     Raises
     ------
@@ -299,16 +441,29 @@ def zogy(
         new, ref = fill_masked(new, ref, bad, bad, flux_ratio)
         plane_new, plane_ref = np.where(bad, sigma_new**2, plane_new), np.where(bad, sigma_ref**2, plane_ref)
 
-    filters = make_filters(new.shape, psf_new, psf_ref, sigma_new=sigma_new, sigma_ref=sigma_ref, flux_ratio=flux_ratio)
-    scores = apply_filters(filters, new, ref, plane_new, plane_ref)
-    f_s = filters.kernels.f_s
-    score_corr = corrected_score(scores, registration_sigma, flux_ratio_error)
+    filters = make_filters(
+        new.shape,
+        psf_new,
+        psf_ref,
+        sigma_new=sigma_new,
+        sigma_ref=sigma_ref,
+        flux_ratio=flux_ratio,
+        noise_new=None if noise_new is None else np.asarray(noise_new, dtype=np.float64),
+        noise_ref=None if noise_ref is None else np.asarray(noise_ref, dtype=np.float64),
+    )
+    frame = Frame(*(filters.fft.real(name) for name in Frame._fields))
+    frame.new[:], frame.ref[:] = new / sigma_new, ref / sigma_ref
+    frame.variance_new[:], frame.variance_ref[:] = plane_new / sigma_new**2, plane_ref / sigma_ref**2
+    filtered = Frame(*(np.pad(image, STENCIL, mode="wrap") for image in filter_frame(filters, frame)))
+    planes = Planes.empty(new.shape)
+    sigma2 = (np.float32(sigma**2) for sigma in (*registration_sigma, flux_ratio_error))
+    score_frame(filtered, STENCIL, STENCIL, *sigma2, planes)
+    root = np.float32(math.sqrt(filters.kernels.f_s))
     return Difference(
-        difference=np.where(bad, 0.0, scores.difference),
-        score=np.where(bad, 0.0, scores.score),
-        score_corr=np.where(bad, 0.0, score_corr),
-        flux=np.where(bad, np.nan, scores.score / f_s),  # E41
-        flux_err=np.where(bad, np.nan, np.sqrt(scores.variance) / f_s),  # E43
+        difference=np.where(bad, np.float32(0), planes.difference),
+        score_corr=np.where(bad, np.float32(0), planes.score / np.sqrt(planes.total)),
+        flux=np.where(bad, np.float32(np.nan), planes.score / root),  # E41
+        flux_err=np.where(bad, np.float32(np.nan), np.sqrt(planes.variance) / root),  # E43
         mask=np.where(bad, np.uint8(MaskBit.BAD), np.uint8(0)),
         kernels=(filters.kernels,),
     )
@@ -320,37 +475,130 @@ def fill_masked(
     """Replace bad pixels alike in both images, so that they leave nothing in the difference.
 
     A pixel bad in one image takes the scaled value of the other; one bad in both takes, in both, a mean of the good
-    pixels of new around it, weighted by a Gaussian that widens until it finds some. Returns new arrays.
+    pixels of new around it (`interpolate_over`). Returns new arrays.
     """
     new, ref = new.copy(), ref.copy()
-    only_new, only_ref, both = bad_new & ~bad_ref, bad_ref & ~bad_new, bad_new & bad_ref
+    only_new, only_ref = bad_new & ~bad_ref, bad_ref & ~bad_new
     new[only_new] = ref[only_new] * flux_ratio
     ref[only_ref] = new[only_ref] / flux_ratio
-    if both.any():
-        new[both] = interpolate_over(new, both)[both]
-        ref[both] = new[both] / flux_ratio
+    rows, columns = np.nonzero(bad_new & bad_ref)
+    new[rows, columns] = interpolate_over(new, bad_new, rows, columns)
+    ref[rows, columns] = new[rows, columns] / flux_ratio
     return new, ref
 
 
-def interpolate_over(data: NDArray, bad: NDArray[np.bool_]) -> NDArray:
-    """Gaussian-weighted mean of the good neighbours at each bad pixel; 0 where nothing good is within 32 pixels."""
-    good = (~bad).astype(np.float64)
-    filled = np.where(bad, 0.0, data)
-    out, missing = filled.copy(), bad.copy()
-    for sigma in (1.0, 2.0, 4.0, 8.0):
-        weight = gaussian_filter(good, sigma, mode="constant")
-        value = gaussian_filter(filled, sigma, mode="constant")
-        usable = missing & (weight > 1e-2)
-        out[usable] = value[usable] / weight[usable]
-        missing &= ~usable
-        if not missing.any():
-            break
+@numba.njit(cache=True)
+def interpolate_over(data, bad, rows, columns):  # type: ignore[no-untyped-def]  # numba
+    """Gaussian-weighted mean of the good neighbours of each given pixel; 0 where nothing good is within 32 pixels.
+
+    The Gaussian widens (sigma 1, 2, 4, 8 pixels) until good pixels have a hundredth of its weight.
+
+    Parameters
+    ----------
+    data : ndarray (ny, nx)
+    bad : ndarray (ny, nx) of bool or uint8
+        0 where good.
+    rows, columns : ndarray (n,) int
+
+    Returns
+    -------
+    ndarray (n,) float64
+    """
+    ny, nx = data.shape
+    out = np.zeros(rows.size)
+    sigmas = (1, 2, 4, 8)
+    profiles = np.zeros((4, 33))
+    for s in range(4):
+        for k in range(4 * sigmas[s] + 1):
+            profiles[s, k] = np.exp(-0.5 * (k / sigmas[s]) ** 2)
+    for n in range(rows.size):
+        for s in range(4):
+            reach = 4 * sigmas[s]
+            profile = profiles[s]
+            total = weight = 0.0
+            for y in range(max(rows[n] - reach, 0), min(rows[n] + reach + 1, ny)):
+                for x in range(max(columns[n] - reach, 0), min(columns[n] + reach + 1, nx)):
+                    if bad[y, x] == 0:
+                        w = profile[abs(y - rows[n])] * profile[abs(x - columns[n])]
+                        weight += w
+                        total += w * data[y, x]
+            if weight > 0.02 * np.pi * sigmas[s] ** 2:
+                out[n] = total / weight
+                break
     return out
+
+
+@dataclass(frozen=True)
+class _Small:
+    """Kernels in pixel space, of a frame just large enough, in double precision; see `Kernels`.
+
+    ``k2_new, k2_ref``: k² over F_S, the whole frame.
+    """
+
+    psf: NDArray[np.float64]
+    delta_new: NDArray[np.float64]
+    delta_ref: NDArray[np.float64]
+    k2_new: NDArray[np.float64]
+    k2_ref: NDArray[np.float64]
+    f_d: float
+    f_s: float
+
+
+def _small_kernels(
+    shape: tuple[int, int],
+    psf_new: NDArray,
+    psf_ref: NDArray,
+    a: float,
+    b: float,
+    noise_new: NDArray | None,
+    noise_ref: NDArray | None,
+) -> _Small:
+    """The kernels are compact: their shapes need no transform of a whole frame."""
+    reach = psf_new.shape[0] + psf_ref.shape[0]
+    length = scipy.fft.next_fast_len(max(2 * reach, 64), real=True)
+    frame = min(length, shape[0]), min(length, shape[1])
+    p, q = a * scipy.fft.rfft2(_corner(psf_new, frame)), b * scipy.fft.rfft2(_corner(psf_ref, frame))
+    if noise_new is not None:
+        p /= np.sqrt(noise_power(noise_new, frame))
+    if noise_ref is not None:
+        q /= np.sqrt(noise_power(noise_ref, frame))
+    pp, qq = np.abs(p) ** 2, np.abs(q) ** 2
+    den = pp + qq
+    den[den == 0] = 1.0  # both PSFs vanish, and all numerators with them
+    floored = FLOOR / (1 + (den / FLOOR**2) ** 2)
+    p_d, q_d = p + a * floored, q + b * floored
+    root = np.sqrt(np.abs(p_d) ** 2 + np.abs(q_d) ** 2)
+
+    def back(spectrum: NDArray) -> NDArray[np.float64]:
+        return scipy.fft.irfft2(spectrum, s=frame)
+
+    f_s = float(back(pp * qq / den)[0, 0])  # E42: Parseval's 1/N_pix, here as the value at the origin
+    size = min(reach - 1, (min(frame) - 1) // 2 * 2 + 1)
+    p_d_stamp = _stamp(back(p * q / np.sqrt(den)), size)  # E14
+    k2 = (back(np.conj(p) * qq / den) ** 2 / f_s, back(np.conj(q) * pp / den) ** 2 / f_s)  # E28, E29
+    return _Small(
+        psf=p_d_stamp / p_d_stamp.sum(),
+        delta_new=_unit_norm(_stamp(back(q_d / root), size)),  # E129
+        delta_ref=_unit_norm(_stamp(back(p_d / root), size)),  # E133
+        k2_new=_cut(k2[0], frame),
+        k2_ref=_cut(k2[1], frame),
+        f_d=float((np.abs(p * q) / np.sqrt(den))[0, 0]),  # E15: P_D has unit sum
+        f_s=f_s,
+    )
 
 
 def _require_number(name: str, value: float) -> None:
     if np.ndim(value) or not (np.isfinite(value) and value > 0):
         raise SubtractError(f"{name} = {value}: one positive, finite number is expected")
+
+
+def _require_psf(name: str, psf: NDArray, shape: tuple[int, int]) -> None:
+    if psf.ndim != 2 or psf.shape[0] % 2 == 0 or psf.shape[1] % 2 == 0:
+        raise SubtractError(f"{name} has shape {psf.shape}: a PSF stamp has two odd sides, so that it has a centre")
+    if psf.shape[0] > shape[0] or psf.shape[1] > shape[1]:
+        raise SubtractError(f"{name} ({psf.shape}) is larger than the image ({shape}); crop it")
+    if not np.isfinite(psf).all() or abs(psf.sum() - 1) > 1e-3:
+        raise SubtractError(f"{name} sums to {psf.sum():.6g}: a PSF is finite and of unit sum; divide by its sum")
 
 
 def _variance_plane(plane: ArrayLike | None, sigma: float, shape: tuple[int, ...], name: str) -> NDArray[np.float64]:
@@ -362,33 +610,49 @@ def _variance_plane(plane: ArrayLike | None, sigma: float, shape: tuple[int, ...
     return array
 
 
-def _corner(psf: NDArray, shape: tuple[int, int], name: str) -> NDArray[np.float64]:
+def _spectrum(fft: Fft, stamp: NDArray, name: str) -> NDArray[np.complex64]:
+    """Spectrum of a stamp on an empty frame, its centre on pixel [0, 0], in the scratch array of that name."""
+    frame = fft.real("stamp")
+    frame[:] = 0
+    _place(stamp, frame)
+    return fft.forward(frame, fft.half(name))
+
+
+def _whitening(fft: Fft, noise: NDArray | None) -> NDArray[np.float32]:
+    """1 / sqrt(Q), one element where the noise is white."""
+    if noise is None:
+        return np.ones((1, 1), np.float32)
+    return (1 / np.sqrt(noise_power(noise, fft.shape))).astype(np.float32)
+
+
+def _corner(stamp: NDArray, shape: tuple[int, int]) -> NDArray[np.float64]:
     """The stamp on an empty frame, its centre on pixel [0, 0]."""
-    if psf.ndim != 2 or psf.shape[0] % 2 == 0 or psf.shape[1] % 2 == 0:
-        raise SubtractError(f"{name} has shape {psf.shape}: a PSF stamp has two odd sides, so that it has a centre")
-    if psf.shape[0] > shape[0] or psf.shape[1] > shape[1]:
-        raise SubtractError(f"{name} ({psf.shape}) is larger than the image ({shape}); crop it")
-    if not np.isfinite(psf).all() or abs(psf.sum() - 1) > 1e-3:
-        raise SubtractError(f"{name} sums to {psf.sum():.6g}: a PSF is finite and of unit sum; divide by its sum")
     frame = np.zeros(shape)
-    frame[: psf.shape[0], : psf.shape[1]] = psf
-    return np.roll(frame, (-(psf.shape[0] // 2), -(psf.shape[1] // 2)), axis=(0, 1))
+    _place(stamp, frame)
+    return frame
+
+
+def _place(stamp: NDArray, frame: NDArray) -> None:
+    (h, w), (cy, cx) = stamp.shape, (stamp.shape[0] // 2, stamp.shape[1] // 2)
+    ny, nx = frame.shape
+    frame[: h - cy, : w - cx] = stamp[cy:, cx:]
+    if cy:
+        frame[ny - cy :, : w - cx] = stamp[:cy, cx:]
+    if cx:
+        frame[: h - cy, nx - cx :] = stamp[cy:, :cx]
+    if cy and cx:
+        frame[ny - cy :, nx - cx :] = stamp[:cy, :cx]
 
 
 def _stamp(frame: NDArray, size: int) -> NDArray[np.float64]:
     """The inverse of `_corner`: an odd square cut around pixel [0, 0]."""
-    half = size // 2
-    return np.roll(frame, (half, half), axis=(0, 1))[:size, :size].copy()
+    return _cut(frame, (size, size))
+
+
+def _cut(frame: NDArray, shape: tuple[int, int]) -> NDArray[np.float64]:
+    h, w = shape
+    return np.roll(frame, (h // 2, w // 2), axis=(0, 1))[:h, :w].copy()
 
 
 def _unit_norm(stamp: NDArray) -> NDArray[np.float64]:
     return stamp / np.sqrt(np.sum(stamp**2))
-
-
-def _derivatives(shape: tuple[int, int]) -> tuple[NDArray, NDArray]:
-    """Multipliers d/dy and d/dx of a spectrum; zero at the Nyquist frequency, whose derivative is not real."""
-    ky = np.fft.fftfreq(shape[0])
-    kx = np.fft.rfftfreq(shape[1])
-    ky[np.abs(ky) == 0.5] = 0.0
-    kx[kx == 0.5] = 0.0
-    return 2j * np.pi * ky[:, None], 2j * np.pi * kx[None, :]

@@ -153,7 +153,6 @@ def reference_difference(reference: Reference, *, sigma_n: float, sigma_r: float
     )
     return Difference(
         difference=reference.D,
-        score=reference.S,
         score_corr=reference.S_corr,
         flux=reference.alpha,
         flux_err=reference.sigma_alpha,
