@@ -18,7 +18,7 @@ from batchproc.imaging.fill import dilate, fill_bad
 from batchproc.imaging.pixelmap import PixelMap, hermite
 from batchproc.records import MaskBit
 
-__all__ = ["Resampled", "kernel_table", "resample"]
+__all__ = ["Resampled", "kernel_scales", "kernel_table", "resample"]
 
 #: Positions within a pixel at which the kernel is tabulated; the nearest is taken (off by at most 1.2e-4 px).
 PHASES = 4096
@@ -94,9 +94,7 @@ def resample(
 
     but for the small correction of `kernel_table`.
     """
-    # A tenth of a per cent of widening would cost two more rows of taps and gain nothing.
-    scales = [scale if scale > 1.01 else 1.0 for scale in pixel_map.scales]
-    table_x, table_y = (kernel_table(order, scale) for scale in scales)
+    table_x, table_y = (kernel_table(order, scale) for scale in kernel_scales(pixel_map))
     reach = max(table_x.shape[1], table_y.shape[1]) // 2
 
     plane = np.ascontiguousarray(data, np.float32)
@@ -146,6 +144,13 @@ def resample(
         # The same variance everywhere: V Σw² J² = V · noise_kept · J.
         out.variance[:] = out.noise_kept * (np.float32(variance) * _areas(pixel_map, shape))
     return out
+
+
+def kernel_scales(pixel_map: PixelMap) -> tuple[float, float]:
+    """Widths of the kernel's unit in pixels of ref, along x and y: those of new's pixels where ref is finer, else 1."""
+    # A tenth of a per cent of widening would cost two more rows of taps and gain nothing.
+    scale_x, scale_y = (scale if scale > 1.01 else 1.0 for scale in pixel_map.scales)
+    return scale_x, scale_y
 
 
 @lru_cache(maxsize=16)
