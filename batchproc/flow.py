@@ -94,12 +94,12 @@ def subtract_exposures(
     """The flow from two exposures on one grid; `process_image` is this after reading and aligning."""
     clock = clock or Clock()
     with clock("background"):
-        sky = measure_background(new.data, new.mask != 0, config.background)
-        sky_ref = measure_background(aligned.ref.data, aligned.ref.mask != 0, config.background)
+        sky = measure_background(new.data, new.mask, config.background)
+        sky_ref = measure_background(aligned.ref.data, aligned.ref.mask, config.background)
         # Interpolated noise is correlated: a matched filter meets more of it than the rms of single pixels tells.
         rms_ref = sky_ref.rms / np.sqrt(aligned.noise_kept)
-        image = _without_sky(new, sky)
-        reference = _without_sky(aligned.ref, sky_ref)
+        image = sky.subtracted(new.data, new.mask)
+        reference = sky_ref.subtracted(aligned.ref.data, aligned.ref.mask)
     with clock("psf"):
         psf, psf_quality = _psf_of(new, image, sky, config, "new")
         psf_ref, psf_ref_quality = _psf_of(aligned.ref, reference, sky_ref, config, "ref")
@@ -242,10 +242,6 @@ def saturated_stars(mask: NDArray[np.uint8], fwhm: float) -> BrightStars:
     y, x = np.array(center_of_mass(blobs > 0, blobs, np.arange(1, n + 1))).T
     radius = np.sqrt(np.bincount(blobs.ravel())[1:] / np.pi)
     return BrightStars(x, y, 3 * radius + 2 * fwhm)
-
-
-def _without_sky(exposure: Exposure, sky: Background) -> NDArray[np.float32]:
-    return np.where(exposure.mask & MaskBit.NO_DATA, 0, exposure.data - sky.level).astype(np.float32)
 
 
 def _psf_of(

@@ -1,29 +1,36 @@
-"""Sky level and sky noise over an image, by SEP's mesh in two passes.
+"""Sky level and sky noise over an image: two looks at the cells of a mesh.
 
-The first pass finds the sources, the second measures the sky between them. Nothing is subtracted here; stars are
-chosen in `stars`.
+The first look, at a sample of the pixels, finds about where the sky is; what stands out of it are sources; the second
+look measures the sky between them. The statistics, and the surfaces through them, are in `mesh`. Nothing is subtracted
+here but on demand; stars are chosen in `stars`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import sep
+from numba import njit
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from batchproc.config import BackgroundConfig
-from batchproc.imaging.extract import extract_sources
+from batchproc.imaging.fill import dilate
+from batchproc.imaging.mesh import Cells, Surface, look_at_cells, measure_cells, node_offset, smooth_nodes, surface_row
+from batchproc.records import MaskBit
 
 __all__ = ["Background", "measure_background"]
 
-#: Width that is left of a unit Gaussian which is cut at 3 of its own widths until nothing changes: the root of
-#: c² = 1 − 2 t φ(t) / (2 Φ(t) − 1), t = 3 c. SEP's mesh clips that way and does not correct for it.
-_CLIPPED_WIDTH = 0.98485
-
-#: A mesh cell with fewer good pixels than this says nothing of the sky.
-_MIN_PIXELS = 64
+#: Light in squares of 4×4 pixels above this many times its noise belongs to a source …
+_SOURCE_SNR = 3.0
+#: … and so do the pixels within this many 2×2 blocks of there: faint outskirts reach beyond the last significant pixel.
+_OUTSKIRTS = 2
+#: Larger sources than this (hypot of the widths along both axes, pixels) have outskirts that reach farther.
+_LARGE = 3.0
+#: Looks at an image at most: where something large covers whole cells, the first level was not sky.
+_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -32,18 +39,31 @@ class Background:
 
     Attributes
     ----------
-    level : ndarray (ny, nx) float32
-        Sky level, in the units of the image.
-    rms : ndarray (ny, nx) float32
-        Sky noise of a single pixel (1 sigma, no source noise), in the units of the image; positive everywhere.
+    level_surface, rms_surface : Surface
+        Sky level, and sky noise of a single pixel (1 sigma, no source noise), in the units of the image.
     global_level, global_rms : float
         Medians of the two.
     """
 
-    level: NDArray[np.float32]
-    rms: NDArray[np.float32]
+    level_surface: Surface
+    rms_surface: Surface
     global_level: float
     global_rms: float
+
+    @property
+    def level(self) -> NDArray[np.float32]:
+        """Sky level at every pixel, (ny, nx); drawn anew each time."""
+        return self.level_surface.image()
+
+    @cached_property
+    def rms(self) -> NDArray[np.float32]:
+        """Sky noise at every pixel, (ny, nx); positive everywhere."""
+        floor = max(1e-3 * self.global_rms, float(np.finfo(np.float32).tiny))
+        return self.rms_surface.image(floor)
+
+    def subtracted(self, data: NDArray[np.float32], mask: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """``data − level``, and 0 where the mask says NO_DATA; a new array."""
+        return self.level_surface.below(data, mask, MaskBit.NO_DATA)
 
 
 def measure_background(
@@ -72,91 +92,156 @@ def measure_background(
     An image without a good pixel has level 0 and noise 1.
     """
     config = config or BackgroundConfig()
-    image = np.asarray(data, dtype=np.float32)
-    bad = ~np.isfinite(image) if mask is None else (np.asarray(mask) != 0) | ~np.isfinite(image)
-    image = np.where(bad, np.float32(0), image)
+    image = np.ascontiguousarray(data, dtype=np.float32)
+    bad = as_bytes(mask, image.shape)
+    cells = Cells.of(image.shape, config.mesh_size)
 
-    plane = _plane(_mesh(image, bad, config)[0], bad)
-    image = np.where(bad, np.float32(0), image - plane)
-    first, first_rms = _mesh(image, bad, config)
-    flat = image - first
-    correction, rms = _mesh(flat, bad | _sources(flat, first_rms, bad), config)
-    level = plane + first + correction
-    good = ~bad if not bad.all() else bad
-    return Background(level, rms, float(np.median(level[good])), float(np.median(rms[good])))
-
-
-def _plane(level: NDArray[np.float32], bad: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """The plane through a level map, its outliers left out."""
-    ny, nx = level.shape
-    y, x = np.mgrid[0 : ny : max(1, ny // 32), 0 : nx : max(1, nx // 32)]
-    values = level[y, x].ravel().astype(np.float64)
-    basis = np.stack([np.ones(y.size), (x / nx - 0.5).ravel(), (y / ny - 0.5).ravel()], axis=-1)
-    weight = ~bad[y, x].ravel() if not bad[y, x].all() else np.ones(y.size, dtype=bool)
-    fit = np.array([np.median(values[weight]), 0.0, 0.0])
-    for _ in range(4):
-        fit = np.linalg.lstsq(basis[weight], values[weight], rcond=None)[0]
-        away = np.abs(values - basis @ fit)
-        near = weight & (away <= 3 * 1.4826 * np.median(away[weight]))
-        if np.count_nonzero(near) < weight.sum() / 2:
+    level, rms = look_at_cells(image, bad, cells, np.zeros(3))
+    if not np.isfinite(level).any():
+        return Background(Surface(image.shape, np.zeros((1, 1))), Surface(image.shape, np.ones((1, 1))), 0.0, 1.0)
+    plane = _plane(level, cells)
+    tilt = cells.plane(plane)
+    if _widens(plane, rms, cells):
+        level, rms = look_at_cells(image, bad, cells, plane)
+    else:
+        level -= tilt
+    for _ in range(_ROUNDS):
+        first, scale = smooth_nodes(level, config.filter_size), _positive(smooth_nodes(rms, config.filter_size))
+        surface = Surface(image.shape, first + tilt)
+        hidden = _sources(image, bad, surface, scale)
+        centre = np.where(np.isfinite(level), level - first, 0.0)
+        width = np.clip(np.where(np.isfinite(rms), rms, scale), scale, 4 * scale)
+        correction, noise = measure_cells(image, bad, hidden, cells, surface, centre, width)
+        lost = np.isfinite(level) & ~np.isfinite(correction)
+        if not lost.any() or not np.isfinite(correction).any():
             break
-        weight = near
-    columns, rows = np.arange(nx) / nx - 0.5, np.arange(ny) / ny - 0.5
-    return (fit[0] + fit[1] * columns[None, :] + fit[2] * rows[:, None]).astype(np.float32)  # type: ignore[no-any-return]
+        # Something large covers these cells: what the first look saw there was not sky, and hid its outskirts.
+        level[lost] = rms[lost] = np.nan
+    if np.isfinite(correction).any():
+        first, scale = first + smooth_nodes(correction, config.filter_size), smooth_nodes(noise, config.filter_size)
+    return Background(
+        Surface(image.shape, first + tilt),
+        Surface(image.shape, scale),
+        float(np.median(first + tilt)),
+        float(np.median(_positive(scale))),
+    )
 
 
-def _mesh(
-    image: NDArray[np.float32], bad: NDArray[np.bool_], config: BackgroundConfig
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Level and noise by SEP's mesh over the good pixels."""
+def as_bytes(mask: NDArray | None, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """The mask as bytes, non-zero where bad; not copied where it is of bytes already."""
+    if mask is None:
+        return np.zeros(shape, np.uint8)
+    mask = np.ascontiguousarray(mask)
+    return mask.view(np.uint8) if mask.dtype.itemsize == 1 else (mask != 0).view(np.uint8)
+
+
+def _positive(rms: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Noise that may be divided by: an image without noise has none."""
+    return np.maximum(rms, max(1e-3 * float(np.median(rms)), float(np.finfo(np.float32).tiny)))  # type: ignore[no-any-return]
+
+
+def _plane(level: NDArray[np.float64], cells: Cells) -> NDArray[np.float64]:
+    """The plane ``c0 + cx x + cy y`` through the levels of cells, outliers left out."""
+    known = np.isfinite(level)
+    y, x = ((edges[:-1] + edges[1:] - 1) / 2 for edges in (cells.rows, cells.columns))
+    terms = np.stack(np.broadcast_arrays(1.0, x[None, :], y[:, None]), axis=-1)[known]  # (n, 3)
+    scale = np.array([1.0, cells.shape[1], cells.shape[0]])
+    values = level[known]
+    fit = np.array([np.median(values), 0.0, 0.0])
+    near = np.ones(values.size, dtype=bool)
+    for _ in range(4):
+        fit = np.linalg.lstsq(terms[near] / scale, values[near], rcond=None)[0] / scale
+        away = np.abs(values - terms @ fit)
+        closer = near & (away <= 3 * 1.4826 * np.median(away[near]))
+        if np.count_nonzero(closer) < near.sum() / 2:
+            break
+        near = closer
+    return fit  # type: ignore[no-any-return]
+
+
+def _widens(plane: NDArray[np.float64], rms: NDArray[np.float64], cells: Cells) -> bool:
+    """Whether a plane spans so much of a cell that it widens what was taken for noise, by half a per cent."""
+    across = np.hypot(plane[1] * cells.shape[1] / cells.n[1], plane[2] * cells.shape[0] / cells.n[0])
+    return bool(across > 0.35 * np.nanmedian(rms))
+
+
+def _sources(
+    image: NDArray[np.float32], bad: NDArray[np.uint8], sky: Surface, rms: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """Blocks of 2×2 pixels that belong to sources, their outskirts included: (ceil(ny / 2), ceil(nx / 2))."""
     ny, nx = image.shape
-    # Cells that divide the image evenly: a sliver of a cell at the far edge would be noisy, and misplaced by SEP.
-    height, width = (-(-n // max(1, round(n / config.mesh_size))) for n in (ny, nx))
-    filled, ignore = _speak_for_masked(image, bad, height, width)
-    if ignore.all():
-        return np.zeros_like(image), np.ones_like(image)
-    size = config.filter_size
-    mesh = sep.Background(np.ascontiguousarray(filled), mask=ignore, bw=width, bh=height, fw=size, fh=size)
-    rms = mesh.rms(dtype=np.float32) / np.float32(_CLIPPED_WIDTH)
-    floor = max(1e-3 * float(np.median(rms)), float(np.finfo(np.float32).tiny))
-    return mesh.back(dtype=np.float32), np.maximum(rms, np.float32(floor))
+    light = np.empty(((ny + 1) // 2, (nx + 1) // 2), np.float32)
+    found = np.zeros(light.shape, dtype=bool)
+    _significant(image, bad, sky.nodes, sky.curvature, rms, light, found)
+    halo = _halos(light, found)
+    found = dilate(found, _OUTSKIRTS)
+    return found if halo is None else found | halo
 
 
-def _speak_for_masked(
-    image: NDArray[np.float32], bad: NDArray[np.bool_], height: int, width: int
-) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Repeat the good pixels of cells that are more than half masked over their bad ones.
+def _halos(light: NDArray[np.float32], found: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
+    """Ellipses of 6 widths around large sources, on blocks; None where there are none."""
+    labels, n = ndimage.label(found, np.ones((3, 3)))
+    if n == 0:
+        return None
+    y, x = np.nonzero(found)
+    source = labels[y, x]
+    weight = np.maximum(light[y, x], 0).astype(np.float64)
 
-    SEP ignores such cells, and gives up (level 0, noise 1) where all are like that. Repeating leaves every statistic
-    of a cell as its good pixels have it.
-    """
+    def mean(values: NDArray) -> NDArray:
+        return np.bincount(source, weight * values, n + 1)[1:] / total  # type: ignore[no-any-return]
+
+    total = np.maximum(np.bincount(source, weight, n + 1)[1:], 1e-30)
+    x0, y0 = mean(x), mean(y)
+    xx, yy, xy = mean(x * x) - x0 * x0, mean(y * y) - y0 * y0, mean(x * y) - x0 * y0
+    half, middle = np.hypot((xx - yy) / 2, xy), (xx + yy) / 2
+    large = 2 * np.sqrt(2 * middle) > _LARGE  # hypot(a, b) in pixels
+    if not large.any():
+        return None
+    a, b = np.sqrt(middle + half)[large], np.sqrt(np.maximum(middle - half, 1 / 12))[large]
+    theta = 0.5 * np.arctan2(2 * xy, xx - yy)[large]
+    halo = np.zeros(found.shape, dtype=bool)
+    sep.mask_ellipse(halo, x0[large], y0[large], a, b, theta, r=6.0)
+    return halo
+
+
+@njit(cache=True, nogil=True)
+def _significant(image, mask, nodes, curvature, rms, light, found):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Light of 2×2 blocks, and whether they lie in a 4×4 square of significant light."""
     ny, nx = image.shape
-    rows, columns = np.arange(0, ny, height), np.arange(0, nx, width)
-    n_bad = np.add.reduceat(np.add.reduceat(bad, rows, axis=0, dtype=np.int64), columns, axis=1)
-    if not n_bad.any():
-        return image, bad
-    area = np.outer(np.diff(np.append(rows, ny)), np.diff(np.append(columns, nx)))
-    filled, ignore = image.copy(), bad.copy()
-    for j, i in np.argwhere(2 * n_bad > area * 0.98):
-        cell = (slice(rows[j], rows[j] + height), slice(columns[i], columns[i] + width))
-        lost, good = ignore[cell], image[cell][~bad[cell]]
-        if good.size >= min(_MIN_PIXELS, lost.size // 2):
-            filled[cell][lost] = np.resize(good, np.count_nonzero(lost))
-            ignore[cell] = False
-        else:
-            ignore[cell] = True
-    return filled, ignore
-
-
-def _sources(flat: NDArray[np.float32], rms: NDArray[np.float32], bad: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Pixels that belong to sources, their outskirts included."""
-    objects, segments = extract_sources(flat, rms, bad, threshold=2.5, deblend=False)
-    found = segments > 0
-    # Faint outskirts reach beyond the last significant pixel, and farther the larger the source.
-    reach = np.hypot(objects["a"], objects["b"]) > 3.0 if objects.size else np.zeros(0, dtype=bool)
-    large = objects[reach]
-    if large.size:
-        halo = np.zeros(flat.shape, dtype=bool)
-        sep.mask_ellipse(halo, large["x"], large["y"], large["a"], large["b"], large["theta"], r=6.0)
-        found |= halo
-    return ndimage.binary_dilation(found, iterations=4)  # type: ignore[no-any-return]
+    n_rows, n_columns = light.shape
+    offset = np.float32(node_offset(nodes))
+    level, flat = np.zeros(2 * n_columns, np.float32), np.zeros(2 * n_columns, np.float32)
+    good = np.zeros(2 * n_columns, np.float32)
+    count, before = np.zeros(n_columns, np.float32), np.zeros(n_columns, np.float32)
+    noise2 = np.empty(n_columns, np.float32)
+    strong = np.zeros(n_columns, np.bool_)
+    for j in range(n_rows):
+        total = light[j]
+        total[:] = 0
+        count[:] = 0
+        for y in range(2 * j, min(2 * j + 2, ny)):
+            surface_row(nodes, curvature, ny, nx, y, offset, level[:nx])
+            pixels, bits = image[y], mask[y]
+            for x in range(nx):
+                v = (pixels[x] - offset) - level[x]
+                usable = (bits[x] == 0) & (abs(v) < np.float32(np.inf))
+                flat[x] = v if usable else np.float32(0)
+                good[x] = np.float32(1) if usable else np.float32(0)
+            for i in range(n_columns):
+                total[i] += flat[2 * i] + flat[2 * i + 1]
+                count[i] += good[2 * i] + good[2 * i + 1]
+        cell = min(int((2 * j + 0.5) * rms.shape[0] / ny), rms.shape[0] - 1)
+        for i in range(n_columns):
+            noise2[i] = np.float32(
+                (_SOURCE_SNR * rms[cell, min(int((2 * i + 0.5) * rms.shape[1] / nx), rms.shape[1] - 1)]) ** 2
+            )
+        if j > 0:
+            above = light[j - 1]
+            for i in range(n_columns - 1):
+                s = total[i] + total[i + 1] + above[i] + above[i + 1]
+                n = count[i] + count[i + 1] + before[i] + before[i + 1]
+                strong[i] = (s > 0) & (s * s > noise2[i] * n)
+            for i in range(n_columns - 1):
+                if strong[i]:
+                    found[j - 1, i] = found[j - 1, i + 1] = found[j, i] = found[j, i + 1] = True
+        count, before = before, count
