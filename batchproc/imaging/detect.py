@@ -1,6 +1,6 @@
 """Detection: one row for each significant extremum of S_corr, of either sign, measured on D.
 
-    S_corr → peaks (SEP) → position, flux, shape (`measure`) → nature and surroundings (`features`) → flags
+    S_corr → peaks → position, flux, shape (`measure`) → nature and surroundings (`features`) → flags
 
 Electrons throughout; `batchproc.flow` turns them into the units of the file and adds what needs a header.
 """
@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import sep
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
@@ -27,8 +26,9 @@ from batchproc.imaging.features import (
     without_holes,
 )
 from batchproc.imaging.measure import PointSource, aperture_sum, fit_position, moments
+from batchproc.imaging.peaks import find_basins, pixels_above
 from batchproc.imaging.sources import BrightStars, Sources, bright_stars, find_sources
-from batchproc.imaging.trails import find_trails, on_trails
+from batchproc.imaging.trails import Trail, find_trails, on_trails
 from batchproc.records import CATALOGUE, Difference, Flag, Kernels, MaskBit
 
 __all__ = ["BrightStars", "Candidates", "Sources", "bright_stars", "detect", "find_peaks", "find_sources"]
@@ -50,10 +50,13 @@ class Candidates:
         are in electrons of new, except ref_flux and sigma_ref: electrons of ref as it was handed in.
     f_d : ndarray (n,)
         F_D of the tile that each lies in: D / F_D is in electrons of new.
+    trails : tuple of Trail
+        Satellites and other straight lines: each one object. Candidates on them carry `Flag.STREAK`.
     """
 
     columns: Mapping[str, NDArray]
     f_d: NDArray[np.float64]
+    trails: tuple[Trail, ...] = ()
 
     def __len__(self) -> int:
         return len(self.f_d)
@@ -91,20 +94,35 @@ def detect(
         When more than ``config.max_candidates`` are found: then the subtraction has failed.
     """
     config = config or DetectConfig()
-    x, y = find_peaks(difference.score_corr, config)
+    x, y, prominence = find_peaks(difference.score_corr, config)
+    fwhm = PointSource(difference.psf).fwhm
+    # A trail too faint to be elongated at any one detection shows in the line-up of weak peaks.
+    trails = find_trails(difference.score_corr, fwhm) if len(x) else []
+    # A bright trail is one object, not a row for each bump on it; what stands out of it is.
+    stands_out = ~on_trails(trails, x, y, fwhm) | (prominence > config.threshold)
+    x, y = x[stands_out], y[stands_out]
     columns, psf_fwhm, f_d = _measure(difference, x, y)
     keep = _without_doubles(columns, 0.5 * psf_fwhm)
     x, y, psf_fwhm, f_d = x[keep], y[keep], psf_fwhm[keep], f_d[keep]
     columns = {name: values[keep] for name, values in columns.items()}
     columns |= _surroundings(columns["x"], columns["y"], difference.mask, sources, bright)
-    streak = _on_streak(difference, x, y, psf_fwhm, columns["psf_elongation"], np.sign(columns["scorr"]))
+    streak = on_streak(difference.score_corr, x, y, psf_fwhm, columns["psf_elongation"])
+    streak |= on_trails(trails, x, y, fwhm)
     columns["flags"] = _flags(columns, psf_fwhm, streak, difference.mask, bright)
     dtypes = {column.name: column.dtype for column in CATALOGUE}
-    return Candidates({name: columns[name].astype(dtypes[name]) for name in dtypes if name in columns}, f_d)
+    return Candidates(
+        {name: columns[name].astype(dtypes[name]) for name in dtypes if name in columns}, f_d, tuple(trails)
+    )
 
 
-def find_peaks(score_corr: NDArray, config: DetectConfig) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def find_peaks(
+    score_corr: NDArray, config: DetectConfig
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Pixels of the significant extrema of S_corr, both signs, in the order of the image.
+
+    A second peak of the same island above the threshold counts where it rises by a sigma above the saddle between them:
+    noise hardly makes such a dip between two places that share its correlation, and a blend that shows less of one is
+    no two sources.
 
     Parameters
     ----------
@@ -115,37 +133,24 @@ def find_peaks(score_corr: NDArray, config: DetectConfig) -> tuple[NDArray[np.in
     Returns
     -------
     x, y : ndarray (n,) of int
+    prominence : ndarray (n,)
+        Height of each above the saddle to a higher one, sigma; inf for the highest of its island.
 
     Raises
     ------
     SubtractError
         When there are more than ``config.max_candidates``.
     """
-    image = np.nan_to_num(np.asarray(score_corr, dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-    n_above = int(np.count_nonzero(np.abs(image) > config.threshold))
-    if n_above > max(10_000, 0.2 * np.count_nonzero(image)):
-        raise _too_many(f"{n_above} of {image.size} pixels", n_above, config)
-    peaks = np.concatenate([_peaks(image, config, n_above), _peaks(-image, config, n_above)])
-    if len(peaks) > config.max_candidates:
-        raise _too_many(f"{len(peaks)} sources", len(peaks), config)
-    order = np.lexsort((peaks["xpeak"], peaks["ypeak"]))
-    return peaks["xpeak"][order].astype(np.int64), peaks["ypeak"][order].astype(np.int64)
-
-
-def _peaks(image: NDArray[np.float32], config: DetectConfig, n_above: int) -> NDArray[np.void]:
-    # SEP's buffers are global and small by default; neither limit costs memory until it is used.
-    sep.set_extract_pixstack(max(sep.get_extract_pixstack(), n_above + 2 * image.shape[1]))
-    sep.set_sub_object_limit(max(sep.get_sub_object_limit(), config.max_candidates))
-    try:
-        # S_corr is matched-filtered already and in sigma: no kernel, no err. `clean` would take faint sources beside
-        # bright ones for wings. A contrast of 1e-4 parts S/N 1000 from S/N 10 three FWHM away, and splits no noise.
-        return sep.extract(  # type: ignore[no-any-return]
-            image, config.threshold, minarea=1, filter_kernel=None, deblend_cont=1e-4, clean=False
-        )
-    except Exception as error:  # SEP raises plain Exceptions for its overflows
-        if "overflow" in str(error) or "full" in str(error):
-            raise _too_many("more sources than the detector can hold", -1, config) from error
-        raise
+    ny, nx = score_corr.shape
+    pixels = pixels_above(score_corr, config.threshold)
+    if len(pixels) > max(10_000, 0.2 * np.count_nonzero(score_corr)):
+        raise _too_many(f"{len(pixels)} of {score_corr.size} pixels", len(pixels), config)
+    basins = find_basins(pixels, score_corr.ravel()[pixels], (ny, nx), prominence=1.0)
+    if len(basins.peak) > config.max_candidates:
+        raise _too_many(f"{len(basins.peak)} sources", len(basins.peak), config)
+    order = np.argsort(basins.peak)
+    y, x = np.divmod(basins.peak[order], nx)
+    return x, y, basins.prominence[order]
 
 
 def _too_many(found: str, number: int, config: DetectConfig) -> SubtractError:
@@ -217,7 +222,7 @@ def _measure_in_tile(
     # doi:10.3847/1538-3881/ab76ba).
     at_fit = kernels.f_d / root_f_s * np.einsum("nij,nij->n", wide, source.shifted(fit.dx, fit.dy, wide_half))
     # At the edge of an image the fit may land where S is nothing: then the flux is that of the peak's own pixel.
-    score = signed * np.nan_to_num(windows(difference.score, x, y, half).astype(np.float64)) / root_f_s
+    score = signed * np.nan_to_num(windows(difference.flux, x, y, half).astype(np.float64)) * root_f_s  # E41
     at_fit = np.where(at_fit > 2 * noise, at_fit, score[:, half, half])
     unbiased = at_fit * (1.0 - np.minimum(noise / np.maximum(at_fit, noise), 0.5) ** 2)
 
@@ -285,21 +290,6 @@ def _surroundings(
         columns["ref_distance"], row = sources.nearest(x, y)
         columns["ref_flux"], columns["ref_fwhm"] = sources.flux[row], sources.fwhm[row]
     return columns
-
-
-def _on_streak(
-    difference: Difference, x: NDArray, y: NDArray, psf_fwhm: NDArray, elongation: NDArray, sign: NDArray
-) -> NDArray[np.bool_]:
-    streak = np.zeros(len(x), bool)
-    for one in (1, -1):
-        rows = np.flatnonzero(sign == one)
-        if len(rows):
-            image = one * difference.score_corr
-            streak[rows] = on_streak(image, x[rows], y[rows], psf_fwhm[rows], elongation[rows])
-            # A trail too faint to be elongated at any one detection shows in the line-up of weak peaks.
-            fwhm = float(np.median(psf_fwhm[rows]))
-            streak[rows] |= on_trails(find_trails(image, fwhm), x[rows], y[rows], fwhm)
-    return streak
 
 
 def _flags(

@@ -7,8 +7,8 @@ nearest to the source and multiplied by the sign of the detection, so that a sou
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 from numpy.typing import ArrayLike, NDArray
-from scipy.ndimage import label
 from scipy.signal import fftconvolve
 from scipy.spatial import cKDTree
 
@@ -113,7 +113,7 @@ def on_streak(
     Parameters
     ----------
     score_corr : ndarray (ny, nx)
-        S_corr times the sign of the detections.
+        Islands are of the sign that it has at a peak.
     x, y : ndarray (n,) of int
         Peaks.
     fwhm, elongation : array_like, broadcast to (n,)
@@ -125,22 +125,49 @@ def on_streak(
     """
     if len(x) == 0:
         return np.zeros(0, bool)
-    significant = score_corr > 2.0
-    labels, n_islands = label(significant, structure=np.ones((3, 3), int))
-    island = labels[y, x]
-    rows, columns = np.nonzero(significant)
-    member = labels[rows, columns]
-    area = np.maximum(np.bincount(member, minlength=n_islands + 1), 1)
-
-    def mean(values: NDArray) -> NDArray[np.float64]:
-        return np.bincount(member, values, n_islands + 1) / area
-
-    dx, dy = columns - mean(columns)[member], rows - mean(rows)[member]
-    xx, yy, xy = mean(dx * dx) + 1 / 12, mean(dy * dy) + 1 / 12, mean(dx * dy)
+    # Only the pages that hold significant pixels are ever touched.
+    xx, yy, xy = _islands(np.ascontiguousarray(score_corr), np.zeros(score_corr.shape, np.int32), x, y, 2.0)
     middle, spread = 0.5 * (xx + yy), np.hypot(0.5 * (xx - yy), xy)
     # A uniform bar of length L has a variance of L² / 12 along itself.
-    length, width = (np.sqrt(12 * np.maximum(v, 1 / 12))[island] for v in (middle + spread, middle - spread))
+    length, width = (np.sqrt(12 * np.maximum(v, 1 / 12)) for v in (middle + spread, middle - spread))
     return (length > 6 * np.asarray(fwhm)) & (length > 3 * np.asarray(elongation) * width)
+
+
+@njit(cache=True)
+def _islands(score, label, x, y, level):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Second moments of the island of one sign around each position; `label` is 0 and is written to."""
+    ny, nx = score.shape
+    n = x.size
+    area, xx, yy, xy = np.zeros((4, n))
+    island = np.empty(n, np.int64)
+    stack_x, stack_y = [0], [0]
+    for k in range(n):
+        island[k] = k if label[y[k], x[k]] == 0 else label[y[k], x[k]] - 1
+        if island[k] != k:
+            continue
+        sign = np.sign(score[y[k], x[k]])
+        label[y[k], x[k]] = k + 1
+        stack_x.append(x[k])
+        stack_y.append(y[k])
+        sx = sy = 0.0
+        while len(stack_x) > 1:
+            i, j = stack_x.pop(), stack_y.pop()
+            # relative to the start, so that sums of squares keep their digits
+            u, v = float(i - x[k]), float(j - y[k])
+            area[k] += 1
+            sx, sy = sx + u, sy + v
+            xx[k], yy[k], xy[k] = xx[k] + u * u, yy[k] + v * v, xy[k] + u * v
+            for row in range(max(j - 1, 0), min(j + 2, ny)):
+                for column in range(max(i - 1, 0), min(i + 2, nx)):
+                    if label[row, column] == 0 and sign * score[row, column] > level:
+                        label[row, column] = k + 1
+                        stack_x.append(column)
+                        stack_y.append(row)
+        sx, sy = sx / area[k], sy / area[k]
+        xx[k] = xx[k] / area[k] - sx * sx + 1 / 12
+        yy[k] = yy[k] / area[k] - sy * sy + 1 / 12
+        xy[k] = xy[k] / area[k] - sx * sy
+    return xx[island], yy[island], xy[island]
 
 
 def distance_to_pixels(bad: NDArray[np.bool_], x: ArrayLike, y: ArrayLike) -> NDArray[np.float64]:
@@ -155,15 +182,37 @@ def distance_to_pixels(bad: NDArray[np.bool_], x: ArrayLike, y: ArrayLike) -> ND
         0 on a bad pixel; inf where there is none in the image.
     """
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    rim = bad.copy()
-    rim[1:-1, 1:-1] &= ~(bad[:-2, 1:-1] & bad[2:, 1:-1] & bad[1:-1, :-2] & bad[1:-1, 2:])
-    rows, columns = np.nonzero(rim)
-    if len(rows) == 0 or len(x) == 0:
+    if len(x) == 0 or not bad.any():
         return np.full(len(x), np.inf)
+    rows, columns = _rim(bad)
     distance, _ = cKDTree(np.column_stack([columns, rows])).query(np.column_stack([x, y]))
     ny, nx = bad.shape
     inside = bad[np.clip(np.rint(y).astype(int), 0, ny - 1), np.clip(np.rint(x).astype(int), 0, nx - 1)]
     return np.where(inside, 0.0, distance)
+
+
+@njit(cache=True)
+def _rim(bad):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Rows and columns of the True pixels with a neighbour (of four) that is not, or that lie on the border."""
+    ny, nx = bad.shape
+    rows, columns = [0], [0]
+    for y in range(ny):
+        some = 0
+        for x in range(nx):  # a count without a branch goes many pixels at a time
+            some += bad[y, x]
+        if some == 0:
+            continue
+        for x in range(nx):
+            if bad[y, x] and (
+                y == 0
+                or x == 0
+                or y == ny - 1
+                or x == nx - 1
+                or not (bad[y - 1, x] and bad[y + 1, x] and bad[y, x - 1] and bad[y, x + 1])
+            ):
+                rows.append(y)
+                columns.append(x)
+    return np.array(rows)[1:], np.array(columns)[1:]
 
 
 def without_holes(no_data: NDArray[np.bool_]) -> NDArray[np.bool_]:

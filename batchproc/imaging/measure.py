@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 from scipy.ndimage import spline_filter
-
-from batchproc.imaging.cutouts import windows
 
 __all__ = ["GAUSSIAN_FWHM", "Fit", "PointSource", "aperture_sum", "fit_position", "moments"]
 
@@ -40,9 +39,7 @@ class PointSource:
         middle, steps = self.psf.shape[0] // 2, 16
         level = 0.5 * self.psf[middle, middle]
         reach = 2 + int(np.sqrt(np.count_nonzero(self.psf > level)))
-        dx, dy = (grid.ravel() for grid in np.meshgrid(*[np.arange(steps) / steps] * 2))
-        fine = self.shifted(dx, dy, reach)  # every sub-pixel phase of P_D
-        return float(2.0 * np.sqrt(np.count_nonzero(fine > level) / np.pi) / steps)
+        return float(2.0 * np.sqrt(_count_above(self._coefficients, level, reach, steps) / np.pi) / steps)
 
     @property
     def half(self) -> int:
@@ -83,47 +80,86 @@ class PointSource:
         -------
         ndarray (n, 2 half + 1, 2 half + 1) float64
         """
-        spline, (taps_x, _), (taps_y, _) = self._patch(dx, dy, half)
-        return _along_y(_along_x(spline, taps_x), taps_y)
+        return _shifted(self._coefficients, *_positions(dx, dy), half, False)[0]
 
     def with_slopes(
         self, dx: NDArray, dy: NDArray, half: int
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """`shifted`, and its derivatives with respect to dx and dy."""
-        spline, (taps_x, slope_x), (taps_y, slope_y) = self._patch(dx, dy, half)
-        rows = _along_x(spline, taps_x)
-        # A pixel is two steps of the grid.
-        return (
-            _along_y(rows, taps_y),
-            2.0 * _along_y(_along_x(spline, slope_x), taps_y),
-            2.0 * _along_y(rows, slope_y),
-        )
-
-    def _patch(self, dx: NDArray, dy: NDArray, half: int) -> tuple[NDArray, tuple[NDArray, ...], tuple[NDArray, ...]]:
-        """Coefficients that the window needs, and the splines' weights along x and y."""
-        size = self.psf.shape[0]
-        whole_x, whole_y = np.floor(2 * dx).astype(np.int64), np.floor(2 * dy).astype(np.int64)
-        spline = windows(self._coefficients, size - whole_x, size - whole_y, 2 * half + 2)
-        return spline, _taps(2 * dx - whole_x), _taps(2 * dy - whole_y)
+        value, d_dx, d_dy = _shifted(self._coefficients, *_positions(dx, dy), half, True)
+        return value, d_dx, d_dy
 
 
-def _taps(t: NDArray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Cubic B-splines at 2 − t, 1 − t, −t, −1 − t (0 ≤ t < 1), and their derivatives with respect to t: (n, 4)."""
+def _positions(dx: NDArray, dy: NDArray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    return np.ascontiguousarray(dx, dtype=np.float64), np.ascontiguousarray(dy, dtype=np.float64)
+
+
+@njit(cache=True)
+def _taps(t):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Cubic B-splines at 2 − t, 1 − t, −t, −1 − t (0 ≤ t < 1), and their derivatives with respect to t."""
     s = 1.0 - t
-    value = (t * t * t, 4 + s * s * (3 * s - 6), 4 + t * t * (3 * t - 6), s * s * s)
-    slope = (3 * t * t, -s * (9 * s - 12), t * (9 * t - 12), -3 * s * s)
-    return np.stack(value, axis=1) / 6.0, np.stack(slope, axis=1) / 6.0
+    value = (t * t * t / 6, (4 + s * s * (3 * s - 6)) / 6, (4 + t * t * (3 * t - 6)) / 6, s * s * s / 6)
+    slope = (t * t / 2, -s * (9 * s - 12) / 6, t * (9 * t - 12) / 6, -s * s / 2)
+    return value, slope
 
 
-def _along_x(spline: NDArray, taps: NDArray) -> NDArray[np.float64]:
-    """Four neighbours weighted, at every second step of the grid: whole pixels."""
-    stop = spline.shape[2] - 4
-    return sum(taps[:, None, None, k] * spline[:, :, k : k + stop : 2] for k in range(4))  # type: ignore[return-value]
+@njit(cache=True)
+def _place(spline, dx, dy, half, slopes, scratch, out):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """P_D at (dx, dy) of a window into ``out[0]``; its derivatives into ``out[1]`` and ``out[2]`` where asked for.
+
+    Pixel u of the window is at ``c + 2 u − t`` of the grid: along either axis the same four weights serve all pixels.
+    """
+    middle = spline.shape[0] // 2
+    whole_x, whole_y = int(np.floor(2 * dx)), int(np.floor(2 * dy))
+    (x0, x1, x2, x3), (u0, u1, u2, u3) = _taps(2 * dx - whole_x)
+    (y0, y1, y2, y3), (v0, v1, v2, v3) = _taps(2 * dy - whole_y)
+    first_x, first_y = middle - whole_x - 2 * half - 2, middle - whole_y - 2 * half - 2
+    side = 2 * half + 1
+    n = spline.shape[0]
+    for j in range(side):
+        for i in range(2 * side + 2):
+            column, row = first_x + i, first_y + 2 * j
+            scratch[0, i] = scratch[1, i] = 0.0
+            if column < 0 or column >= n:
+                continue
+            a = spline[row, column] if 0 <= row < n else 0.0
+            b = spline[row + 1, column] if 0 <= row + 1 < n else 0.0
+            c = spline[row + 2, column] if 0 <= row + 2 < n else 0.0
+            d = spline[row + 3, column] if 0 <= row + 3 < n else 0.0
+            scratch[0, i] = y0 * a + y1 * b + y2 * c + y3 * d
+            if slopes:
+                scratch[1, i] = v0 * a + v1 * b + v2 * c + v3 * d
+        line, steep = scratch[0], scratch[1]
+        for i in range(side):
+            k = 2 * i
+            out[0, j, i] = x0 * line[k] + x1 * line[k + 1] + x2 * line[k + 2] + x3 * line[k + 3]
+            if slopes:  # a pixel is two steps of the grid
+                out[1, j, i] = 2 * (u0 * line[k] + u1 * line[k + 1] + u2 * line[k + 2] + u3 * line[k + 3])
+                out[2, j, i] = 2 * (x0 * steep[k] + x1 * steep[k + 1] + x2 * steep[k + 2] + x3 * steep[k + 3])
 
 
-def _along_y(rows: NDArray, taps: NDArray) -> NDArray[np.float64]:
-    stop = rows.shape[1] - 4
-    return sum(taps[:, None, None, k] * rows[:, k : k + stop : 2] for k in range(4))  # type: ignore[return-value]
+@njit(cache=True)
+def _shifted(spline, dx, dy, half, slopes):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    side = 2 * half + 1
+    out = np.empty((3 if slopes else 1, dx.size, side, side))
+    scratch = np.empty((2, 2 * side + 2))
+    for k in range(dx.size):
+        _place(spline, dx[k], dy[k], half, slopes, scratch, out[:, k])
+    return out
+
+
+@njit(cache=True)
+def _count_above(spline, level, reach, steps):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Points of a grid of 1 / steps pixels at which P_D exceeds a level."""
+    side = 2 * reach + 1
+    out = np.empty((1, side, side))
+    scratch = np.empty((2, 2 * side + 2))
+    count = 0
+    for j in range(steps):
+        for i in range(steps):
+            _place(spline, i / steps, j / steps, reach, False, scratch, out)
+            count += np.sum(out[0] > level)
+    return count
 
 
 @dataclass(frozen=True)
@@ -173,61 +209,89 @@ def fit_position(data: NDArray, weight: NDArray, source: PointSource, *, n_itera
     a pixel): further off it would be another source. Where it does not stay, or fewer than 6 pixels are left, the
     position is the central pixel. There, and where the amplitude is not positive, `converged` is False.
     """
-    n, half = len(data), source.half
+    half = source.half
     assert data.shape[1:] == (2 * half + 1, 2 * half + 1)
     offsets = np.arange(-half, half + 1)
     disc = np.hypot(offsets[:, None], offsets[None, :]) <= 1.5 * source.fwhm
     weight = np.where(disc, weight, 0.0).astype(np.float64)
-    data = data.astype(np.float64)
     bound = max(1.0, 0.6 * source.fwhm)
     n_pixels = np.count_nonzero(weight, axis=(1, 2))
-
-    position = np.zeros((n, 2))
-    moving = np.arange(n)
-    for _ in range(n_iterations):
-        normal, gradient, _ = _normal_equations(data[moving], weight[moving], source, position[moving])
-        step = np.clip(np.linalg.solve(normal, gradient[..., None])[:, 1:, 0], -0.5, 0.5)
-        position[moving] = np.clip(position[moving] + step, -bound, bound)
-        moving = moving[np.abs(step).max(axis=1, initial=0.0) > 1e-4]
-        if moving.size == 0:
-            break
+    dx, dy, amplitude, error, chi2, inside = _fit(
+        source._coefficients, np.ascontiguousarray(data, dtype=np.float64), weight, half, bound, n_iterations
+    )
     enough = n_pixels >= 6
-    converged = enough & (np.abs(position).max(axis=1, initial=0.0) < bound)
-    position[~converged] = 0.0
-
-    normal, _, amplitude = _normal_equations(data, weight, source, position)
-    converged &= amplitude > 0
-    covariance = np.linalg.inv(normal)
-    error = np.sqrt(0.5 * (covariance[:, 1, 1] + covariance[:, 2, 2]))
-    model = amplitude[:, None, None] * source.shifted(position[:, 0], position[:, 1], half)
-    chi2 = np.sum(weight * (data - model) ** 2, axis=(1, 2)) / np.maximum(n_pixels - 3, 1)
     return Fit(
-        dx=position[:, 0],
-        dy=position[:, 1],
+        dx=np.where(enough, dx, 0.0),
+        dy=np.where(enough, dy, 0.0),
         error=np.where(enough & (amplitude > 0), error, np.nan),
         amplitude=amplitude,
-        chi2=np.where(enough, chi2, np.nan),
+        chi2=np.where(enough, chi2 / np.maximum(n_pixels - 3, 1), np.nan),
         n_pixels=n_pixels,
-        converged=converged,
+        converged=enough & inside & (amplitude > 0),
     )
 
 
-def _normal_equations(
-    data: NDArray, weight: NDArray, source: PointSource, position: NDArray
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-    """Normal matrix (n, 3, 3) and gradient (n, 3) for (amplitude, dx, dy) at the best amplitude (n,) for a position."""
-    value, d_dx, d_dy = source.with_slopes(position[:, 0], position[:, 1], source.half)
-    power = np.einsum("nij,nij,nij->n", weight, value, value)
-    amplitude = np.einsum("nij,nij,nij->n", weight, value, data) / np.maximum(power, 1e-30)
-    scale = amplitude[:, None, None]
-    n, n_pixels = len(data), data.shape[1] * data.shape[2]
-    jacobian = np.stack([value, scale * d_dx, scale * d_dy], axis=1).reshape(n, 3, n_pixels)
-    weighted = jacobian * weight.reshape(n, 1, n_pixels)
-    normal = weighted @ jacobian.transpose(0, 2, 1)
+@njit(cache=True)
+def _fit(spline, data, weight, half, bound, n_iterations):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    n, side = data.shape[0], 2 * half + 1
+    dx, dy, amplitude, error, chi2 = np.zeros((5, n))
+    inside = np.zeros(n, np.bool_)
+    model, scratch = np.empty((3, side, side)), np.empty((2, 2 * side + 2))
+    for k in range(n):
+        x = y = 0.0
+        for _ in range(n_iterations):
+            _place(spline, x, y, half, True, scratch, model)
+            _, xx, yy, xy, gx, gy, _ = _equations(data[k], weight[k], model)
+            determinant = xx * yy - xy * xy
+            step_x = min(max((yy * gx - xy * gy) / determinant, -0.5), 0.5)
+            step_y = min(max((xx * gy - xy * gx) / determinant, -0.5), 0.5)
+            x, y = min(max(x + step_x, -bound), bound), min(max(y + step_y, -bound), bound)
+            if max(abs(step_x), abs(step_y)) <= 1e-4:
+                break
+        inside[k] = max(abs(x), abs(y)) < bound
+        if not inside[k]:
+            x = y = 0.0
+        _place(spline, x, y, half, True, scratch, model)
+        amplitude[k], xx, yy, xy, _, _, chi2[k] = _equations(data[k], weight[k], model)
+        error[k] = np.sqrt(0.5 * (xx + yy) / (xx * yy - xy * xy))
+        dx[k], dy[k] = x, y
+    return dx, dy, amplitude, error, chi2, inside
+
+
+@njit(cache=True)
+def _equations(data, weight, model):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Normal equations for (dx, dy) with the amplitude projected out, at the best amplitude; and chi-square."""
+    side = data.shape[0]
+    vv = vd = vx = vy = xx = yy = xy = xd = yd = dd = 0.0
+    for j in range(side):
+        for i in range(side):
+            w = weight[j, i]
+            if w == 0:
+                continue
+            d, v, p, q = data[j, i], model[0, j, i], model[1, j, i], model[2, j, i]
+            vv += w * v * v
+            vd += w * v * d
+            vx += w * v * p
+            vy += w * v * q
+            xx += w * p * p
+            yy += w * q * q
+            xy += w * p * q
+            xd += w * p * d
+            yd += w * q * d
+            dd += w * d * d
+    vv = max(vv, 1e-30)
+    a = vd / vv
     # A tiny ridge keeps windows without weight, or without signal, solvable; they do not move.
-    normal += 1e-12 * np.eye(3) * (1.0 + np.trace(normal, axis1=1, axis2=2)[:, None, None])
-    residual = (data - scale * value).reshape(n, n_pixels, 1)
-    return normal, (weighted @ residual)[..., 0], amplitude
+    ridge = 1e-12 * (1.0 + vv + a * a * (xx + yy))
+    return (
+        a,
+        a * a * (xx - vx * vx / vv) + ridge,
+        a * a * (yy - vy * vy / vv) + ridge,
+        a * a * (xy - vx * vy / vv),
+        a * (xd - a * vx),
+        a * (yd - a * vy),
+        max(dd - a * vd, 0.0),
+    )
 
 
 def aperture_sum(

@@ -9,8 +9,8 @@ import sep
 from numpy.typing import ArrayLike, NDArray
 from scipy.spatial import cKDTree
 
-from batchproc.imaging.extract import extract_sources
 from batchproc.imaging.measure import GAUSSIAN_FWHM
+from batchproc.imaging.peaks import Basins, find_basins, smooth_above
 
 __all__ = ["BrightStars", "Sources", "bright_stars", "find_sources"]
 
@@ -90,7 +90,9 @@ class BrightStars:
 def find_sources(
     data: NDArray[np.floating], rms: NDArray[np.floating], mask: NDArray, *, threshold: float = 3.0
 ) -> Sources:
-    """Everything that shines in an image, by SEP.
+    """Everything that shines in an image: five connected pixels of the image smoothed by a 3×3 kernel, with one peak.
+
+    Places and widths are moments of those pixels; SEP measures total fluxes in ellipses around them.
 
     Parameters
     ----------
@@ -101,21 +103,49 @@ def find_sources(
     mask : ndarray (ny, nx)
         Non-zero or True where bad.
     threshold : float
-        In units of `rms`, for five connected pixels of the smoothed image.
+        In sigma of the smoothed pixel (for white noise).
     """
-    objects, _ = extract_sources(data, rms, np.asarray(mask) != 0, threshold=threshold)
-    if len(objects) == 0:
-        return Sources(*(np.zeros(0) for _ in range(4)))
+    mask = np.asarray(mask)
+    pixels, significance = smooth_above(data, rms, mask, threshold)
+    # Less than that above the saddle to a brighter one is a bump in its light: noise, a spiral arm.
+    basins = find_basins(pixels, significance, data.shape, prominence=threshold, fraction=0.25)
     image = np.ascontiguousarray(data, dtype=np.float32)
-    bad = np.ascontiguousarray(np.asarray(mask) != 0)
-    ellipse = [objects[name].astype(np.float64) for name in ("x", "y", "a", "b", "theta")]
-    ellipse[4] = np.clip(ellipse[4], -np.pi / 2, np.pi / 2)  # SEP refuses what its own rounding puts beyond
+    ellipse = _ellipses(image, basins)
+    bad = np.ascontiguousarray(mask != 0)
+    if len(ellipse[0]) == 0:
+        return Sources(*(np.zeros(0) for _ in range(4)))
     radius, _ = sep.kron_radius(image, *ellipse, 6.0, mask=bad)
     radius = np.clip(np.nan_to_num(radius), 1.4, 6.0)  # bounds of the elliptical aperture, in units of (a, b)
     flux, _, _ = sep.sum_ellipse(image, *ellipse, 2.5 * radius, mask=bad, subpix=1)
     usable = np.isfinite(flux)
     fwhm = GAUSSIAN_FWHM * np.sqrt(0.5 * (ellipse[2] ** 2 + ellipse[3] ** 2))
     return Sources(*(column[usable].astype(np.float64) for column in (ellipse[0], ellipse[1], flux, fwhm)))
+
+
+def _ellipses(image: NDArray[np.float32], basins: Basins, min_area: int = 5) -> tuple[NDArray[np.float64], ...]:
+    """x, y, a, b, theta of each basin of at least so many pixels, from moments weighted by the light of its pixels."""
+    n = len(basins.peak)
+    nx = image.shape[1]
+    light = np.maximum(image.ravel()[basins.pixels].astype(np.float64), 0.0)
+    # relative to the peak, so that the variance keeps its digits
+    u = (basins.pixels % nx - (basins.peak % nx)[basins.owner]).astype(np.float64)
+    v = (basins.pixels // nx - (basins.peak // nx)[basins.owner]).astype(np.float64)
+    total = np.bincount(basins.owner, light, n)
+    usable = (np.bincount(basins.owner, minlength=n) >= min_area) & (total > 0)
+    total = np.where(usable, total, 1.0)
+
+    def mean(values: NDArray) -> NDArray[np.float64]:
+        return np.bincount(basins.owner, light * values, n) / total
+
+    x, y = mean(u), mean(v)
+    # A pixel is a square of variance 1 / 12: no source is narrower.
+    xx, yy, xy = mean(u * u) - x * x, mean(v * v) - y * y, mean(u * v) - x * y
+    middle, spread = 0.5 * (xx + yy), np.hypot(0.5 * (xx - yy), xy)
+    a, b = (np.sqrt(np.maximum(axis, 1 / 12)) for axis in (middle + spread, middle - spread))
+    columns = (x + basins.peak % nx, y + basins.peak // nx, a, b, 0.5 * np.arctan2(2 * xy, xx - yy))
+    order = np.flatnonzero(usable)
+    order = order[np.argsort(basins.peak[order])]  # in the order of the image
+    return tuple(column[order] for column in columns)
 
 
 def bright_stars(sources: Sources, *, snr_of_flux: float, misfit: float, fwhm: float) -> BrightStars:

@@ -12,10 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numba import njit
 from numpy.typing import ArrayLike, NDArray
-from scipy.ndimage import maximum_filter
+from scipy.ndimage import map_coordinates
 
-__all__ = ["Trail", "find_trails", "on_trails"]
+from batchproc.imaging.measure import GAUSSIAN_FWHM
+from batchproc.imaging.peaks import local_extrema, pixels_above
+
+__all__ = ["Trail", "across", "find_trails", "on_trails"]
 
 _PEAK = 3.0  # sigma: what may vote
 _EXCESS = 9.0  # votes of a line above chance, in units of the square root of what chance gives (plus one)
@@ -27,26 +31,51 @@ _AT_MOST = 8  # trails an image and sign
 
 @dataclass(frozen=True)
 class Trail:
-    """A straight trail from (x0, y0) to (x1, y1), reaching `width` to either side; pixels."""
+    """A straight trail from (x0, y0) to (x1, y1); pixels.
+
+    Attributes
+    ----------
+    x0, y0, x1, y1 : float
+        Its ends.
+    reach : float
+        What it spoils to either side of the line.
+    n_peaks : int
+        Peaks of S_corr above 3 sigma on it.
+    sign : {1, -1}
+        Brighter in new, or in ref.
+    dashes : tuple of (float, float)
+        Where it shines, from and to, measured along it from (x0, y0): more than one where exposures were combined.
+    """
 
     x0: float
     y0: float
     x1: float
     y1: float
-    width: float
+    reach: float
     n_peaks: int
+    sign: int
+    dashes: tuple[tuple[float, float], ...]
+
+    @property
+    def length(self) -> float:
+        """From end to end, pixels."""
+        return math.hypot(self.x1 - self.x0, self.y1 - self.y0)
 
     def distance(self, x: ArrayLike, y: ArrayLike) -> NDArray[np.float64]:
-        """Distance in pixels of positions from the trail (from its nearer end where they lie beyond it)."""
-        start, way = np.array([self.x0, self.y0]), np.array([self.x1 - self.x0, self.y1 - self.y0])
-        points = np.column_stack([x, y]) - start
-        along = np.clip(points @ way / max(float(way @ way), 1e-12), 0, 1)
-        off = points - along[:, None] * way
-        return np.hypot(off[:, 0], off[:, 1])
+        """Distance in pixels of positions from its nearest dash."""
+        along, off = self._coordinates(x, y)
+        beyond = np.min([np.maximum(np.maximum(a - along, along - b), 0.0) for a, b in self.dashes], axis=0)
+        return np.hypot(beyond, off)
+
+    def _coordinates(self, x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Along it from its first end, and off it to either side."""
+        ux, uy = (self.x1 - self.x0) / self.length, (self.y1 - self.y0) / self.length
+        u, v = np.asarray(x, dtype=np.float64) - self.x0, np.asarray(y, dtype=np.float64) - self.y0
+        return u * ux + v * uy, v * ux - u * uy
 
 
 def find_trails(score_corr: NDArray[np.floating], fwhm: float) -> list[Trail]:
-    """Trails of positive S_corr (pass −S_corr for the others), the most conspicuous first.
+    """Trails of either sign of S_corr, positive ones first, the most conspicuous first.
 
     Parameters
     ----------
@@ -59,21 +88,13 @@ def find_trails(score_corr: NDArray[np.floating], fwhm: float) -> list[Trail]:
     -------
     list of Trail
     """
-    peaks = (score_corr == maximum_filter(score_corr, 3)) & (score_corr > _PEAK)
-    y, x = np.nonzero(peaks)
-    points = _spread_out(np.column_stack([x, y]).astype(np.float64), 8 * fwhm, score_corr.shape)
+    pixels = pixels_above(score_corr, _PEAK)
+    pixels = pixels[local_extrema(score_corr, pixels)]
+    y, x = np.divmod(pixels, score_corr.shape[1])
+    positive = score_corr[y, x] > 0
     trails: list[Trail] = []
-    for width in (fwhm, 3 * fwhm):  # sharp lines first; then broad trails, out of focus or bent by distortion
-        # Angles as fine as the image's diagonal asks: a long trail must not leave its line.
-        n_angles = int(np.ceil(np.pi * math.hypot(*score_corr.shape) / (2 * width)))
-        angles = np.arange(n_angles) * np.pi / n_angles
-        for _ in range(_AT_MOST):
-            line = _best_line(points, angles, width, score_corr.shape)
-            if line is None:
-                break
-            near = _offset(points, *line) < width
-            trails += _stretches(points[near], fwhm, width)
-            points = points[~near]
+    for sign, rows in ((1, positive), (-1, ~positive)):
+        trails += _of_one_sign(np.column_stack([x[rows], y[rows]]).astype(np.float64), sign, fwhm, score_corr.shape)
     return trails
 
 
@@ -81,8 +102,69 @@ def on_trails(trails: Sequence[Trail], x: ArrayLike, y: ArrayLike, fwhm: float) 
     """Whether positions lie on one of the trails, or within half a FWHM of its side."""
     hit = np.zeros(np.size(x), bool)
     for trail in trails:
-        hit |= trail.distance(x, y) < trail.width + 0.5 * fwhm
+        hit |= trail.distance(x, y) < trail.reach + 0.5 * fwhm
     return hit
+
+
+def across(trail: Trail, image: NDArray[np.floating], fwhm: float) -> tuple[float, float]:
+    """Width of a trail, and its light per pixel of length, from the mean profile of its dashes.
+
+    Parameters
+    ----------
+    trail : Trail
+    image : ndarray (ny, nx)
+        D, or the difference in units of new; what is not finite counts as 0.
+    fwhm : float
+        Of the PSF of D, pixels.
+
+    Returns
+    -------
+    width : float
+        FWHM, pixels: from the second moment within 2.5 FWHM (of the PSF, or 1.5 times the reach) under a Gaussian
+        weight whose own narrowing is undone.
+    brightness : float
+        Sum of the profile over that range, in units of `image` times pixels.
+    """
+    half = max(2.5 * fwhm, 1.5 * trail.reach)
+    off = np.arange(-2.0 * half, 2.0 * half + 0.25, 0.5)
+    along = np.concatenate([np.arange(a, b + 1.0) for a, b in trail.dashes])
+    ux, uy = (trail.x1 - trail.x0) / trail.length, (trail.y1 - trail.y0) / trail.length
+    x = trail.x0 + along[None] * ux - off[:, None] * uy
+    y = trail.y0 + along[None] * uy + off[:, None] * ux
+    values = map_coordinates(image, [y, x], order=1, cval=np.nan, prefilter=False)
+    values[~np.isfinite(values)] = 0.0
+    # The mean, with the brightest and faintest tenth of its pixels (stars, gaps) left out.
+    values.sort(axis=1)
+    cut = values.shape[1] // 10
+    profile = values[:, cut : values.shape[1] - cut].mean(axis=1)
+    inside = np.abs(off) <= half
+    profile = trail.sign * (profile - np.median(profile[~inside]))
+    brightness = 0.5 * float(profile[inside].sum())
+    centre = float(off[inside][profile[inside].argmax()])
+    variance = (half / GAUSSIAN_FWHM) ** 2
+    weighted = np.where(inside, profile * np.exp(-0.5 * (off - centre) ** 2 / variance), 0.0)
+    total = max(float(weighted.sum()), 1e-30)
+    centre = float((weighted * off).sum()) / total
+    measured = min(max(float((weighted * (off - centre) ** 2).sum()) / total, 0.1), 0.9 * variance)
+    return GAUSSIAN_FWHM * math.sqrt(measured * variance / (variance - measured)), trail.sign * brightness
+
+
+def _of_one_sign(points: NDArray[np.float64], sign: int, fwhm: float, shape: tuple[int, ...]) -> list[Trail]:
+    points = _spread_out(points, 8 * fwhm, shape)
+    trails: list[Trail] = []
+    for width in (fwhm, 3 * fwhm):  # sharp lines first; then broad trails, out of focus or bent by distortion
+        # Angles as fine as the image's diagonal asks: a long trail must not leave its line.
+        n_angles = int(np.ceil(np.pi * math.hypot(*shape) / (2 * width)))
+        for _ in range(_AT_MOST):
+            if len(points) < 10:
+                break
+            angle, distance, significance = _best_line(points, n_angles, width, shape[0], shape[1])
+            if significance <= _EXCESS:
+                break
+            near = np.abs(points @ np.array([np.cos(angle), np.sin(angle)]) - distance) < width
+            trails += _stretches(points[near], fwhm, width, sign)
+            points = points[~near]
+    return trails
 
 
 def _spread_out(points: NDArray, cell: float, shape: tuple[int, ...]) -> NDArray:
@@ -96,45 +178,46 @@ def _spread_out(points: NDArray, cell: float, shape: tuple[int, ...]) -> NDArray
     return points[counts[index] <= 20]
 
 
-def _best_line(points: NDArray, angles: NDArray, width: float, shape: tuple[int, ...]) -> tuple[float, float] | None:
-    """(angle of the normal, distance from the origin) of the line with the most votes above chance, if significant."""
-    if len(points) < 10:
-        return None
-    reach = math.hypot(*shape)
+@njit(cache=True)
+def _best_line(points, n_angles, width, ny, nx):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Angle of the normal, distance from the origin, and significance of the line with the most votes above chance."""
+    reach = math.hypot(ny, nx)
     n_bins = int(2 * reach / width) + 2
-    by_chance = len(points) / (shape[0] * shape[1]) * width
-    best, excess = None, _EXCESS
-    for angle in angles:
-        normal = np.array([np.cos(angle), np.sin(angle)])
-        votes = np.bincount(((points @ normal + reach) / width).astype(int), minlength=n_bins)
-        votes = votes[:-1] + votes[1:]  # two bins a line, so that none falls between
-        top = int(votes.argmax())
-        expected = 2 * by_chance * _chord(normal, (top + 1) * width - reach, shape)
-        significance = (votes[top] - expected) / np.sqrt(expected + 1)
-        if significance > excess:
-            best, excess = (float(angle), (top + 1) * width - reach), significance
-    return best
+    by_chance = len(points) / (ny * nx) * width
+    votes = np.zeros(n_bins, np.int32)
+    best_angle = best_distance = best = 0.0
+    for k in range(n_angles):
+        angle = k * np.pi / n_angles
+        cos, sin = math.cos(angle), math.sin(angle)
+        votes[:] = 0
+        for i in range(len(points)):
+            votes[int((points[i, 0] * cos + points[i, 1] * sin + reach) / width)] += 1
+        top = 0
+        for i in range(n_bins - 1):  # two bins a line, so that none falls between
+            if votes[i] + votes[i + 1] > votes[top] + votes[top + 1]:
+                top = i
+        distance = (top + 1) * width - reach
+        expected = 2 * by_chance * _chord(cos, sin, distance, ny, nx)
+        significance = (votes[top] + votes[top + 1] - expected) / math.sqrt(expected + 1)
+        if significance > best:
+            best_angle, best_distance, best = angle, distance, significance
+    return best_angle, best_distance, best
 
 
-def _chord(normal: NDArray, distance: float, shape: tuple[int, ...]) -> float:
+@njit(cache=True)
+def _chord(cos, sin, distance, ny, nx):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """Length of a line inside the image."""
-    direction = np.array([-normal[1], normal[0]])
-    foot = distance * normal
     low, high = -np.inf, np.inf
-    for start, way, side in zip(foot, direction, (shape[1], shape[0]), strict=True):
+    for start, way, side in ((distance * cos, -sin, nx), (distance * sin, cos, ny)):
         if abs(way) < 1e-9:
             continue
-        ends = sorted((-start / way, (side - start) / way))
-        low, high = max(low, ends[0]), min(high, ends[1])
+        one, two = -start / way, (side - start) / way
+        low, high = max(low, min(one, two)), min(high, max(one, two))
     return max(high - low, 0.0)
 
 
-def _offset(points: NDArray, angle: float, distance: float) -> NDArray[np.float64]:
-    return np.abs(points @ np.array([np.cos(angle), np.sin(angle)]) - distance)
-
-
-def _stretches(points: NDArray, fwhm: float, width: float) -> list[Trail]:
-    """The unbroken stretches of points along their line, if one of them is long and dense enough for a trail.
+def _stretches(points: NDArray, fwhm: float, width: float, sign: int) -> list[Trail]:
+    """A trail of the unbroken stretches of points along their line, if one of them is long and dense enough.
 
     Others on the same line then need less: a trail comes in dashes where exposures were combined.
     """
@@ -145,6 +228,18 @@ def _stretches(points: NDArray, fwhm: float, width: float) -> list[Trail]:
     groups = [g for g in groups if len(g) >= _DENSITY * (g[-1] - g[0]) / fwhm]
     if not any(g[-1] - g[0] >= _LENGTH * fwhm for g in groups):
         return []
-    dashes = [g for g in groups if g[-1] - g[0] >= _LENGTH / 3 * fwhm and len(g) >= 6]
-    ends = [(centre + g[0] * direction, centre + g[-1] * direction, len(g)) for g in dashes]
-    return [Trail(float(a[0]), float(a[1]), float(b[0]), float(b[1]), width, n) for a, b, n in ends]
+    groups = [g for g in groups if g[-1] - g[0] >= _LENGTH / 3 * fwhm and len(g) >= 6]
+    first, last = groups[0][0], groups[-1][-1]
+    (x0, y0), (x1, y1) = centre + first * direction, centre + last * direction
+    return [
+        Trail(
+            x0=float(x0),
+            y0=float(y0),
+            x1=float(x1),
+            y1=float(y1),
+            reach=width,
+            n_peaks=sum(len(g) for g in groups),
+            sign=sign,
+            dashes=tuple((float(g[0] - first), float(g[-1] - first)) for g in groups),
+        )
+    ]

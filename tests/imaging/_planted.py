@@ -93,7 +93,7 @@ def join(left: Difference, right: Difference, seam: int) -> Difference:
     def side_by_side(a, b):
         return np.hstack([a[:, :seam], b[:, seam:]])
 
-    names = ("difference", "score", "score_corr", "flux", "flux_err", "mask")
+    names = ("difference", "score_corr", "flux", "flux_err", "mask")
     return replace(
         left,
         **{name: side_by_side(getattr(left, name), getattr(right, name)) for name in names},
