@@ -22,6 +22,7 @@ FLOORS = {
     "display": 5,
     "report": 5,
     "job": 5,
+    "completeness": 5,
     "demo": 5,
     "cli": 5,
 }

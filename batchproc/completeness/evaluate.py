@@ -1,0 +1,170 @@
+"""One evaluation = one call: plan it, run it anywhere, and leave numbers, tables and a picture in a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from batchproc.completeness.campaign import Campaign, simulated_sample, simulated_tasks
+from batchproc.completeness.drawing import draw
+from batchproc.completeness.sample import Sample
+from batchproc.completeness.verdicts import Summary, summarise
+from batchproc.display import duration, say, show
+from batchproc.distribute.clusters import check_cluster, open_executor
+from batchproc.distribute.executors import sliding
+from batchproc.errors import ExposureError, UsageError
+from batchproc.io.atomic import write_bytes, write_text
+
+__all__ = ["Evaluation", "Plan", "evaluate", "plan"]
+
+#: CPU-seconds of a megapixel: simulating, the flow, and the Gaussian field; with measured PSFs in addition.
+_SECONDS_PER_MPIX = 2.5
+_SECONDS_PER_MPIX_PSF = 2.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an evaluation will do."""
+
+    images: int
+    mpix: float
+    sources: int
+    cpu_seconds: float
+
+    def text(self, workers: int | None) -> str:
+        """For people."""
+        workers = max(1, min(workers or os.cpu_count() or 1, self.images))
+        return (
+            f"{self.images} pairs, {self.mpix:.3g} Mpix, {self.sources} sources to inject; "
+            f"about {duration(self.cpu_seconds / workers)} on {workers} workers"
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came of one.
+
+    Attributes
+    ----------
+    summary : Summary
+    failures : tuple of str
+        Images that the flow could not process, with its words.
+    files : tuple of Path
+    """
+
+    summary: Summary
+    failures: tuple[str, ...]
+    files: tuple[Path, ...]
+
+    def text(self) -> str:
+        """The verdicts as a table, and where the rest is."""
+        rows = [("promise", "goal", "measured", "")]
+        words = {True: "ok", False: "MISSED", None: "no verdict"}
+        rows += [(v.promise, v.goal, v.measured, words[v.ok]) for v in self.summary.verdicts]
+        widths = [max(len(row[k]) for row in rows) for k in range(4)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        facts = self.summary.facts
+        lines.append(
+            f"{facts['images']} images, {facts['mpix_searched']:.3g} of {facts['mpix']:.3g} Mpix searched, "
+            f"{facts['sources_used']} of {facts['sources']} sources away from masked pixels and within the S/N range; "
+            f"the flow took {facts['cpu_seconds_per_mpix']:.2f} CPU-s a Mpix"
+        )
+        lines += [f"failed: {failure}" for failure in self.failures]
+        return "\n".join([*lines, f"in {self.files[0].parent}: {', '.join(path.name for path in self.files)}"])
+
+
+def plan(campaign: Campaign) -> Plan:
+    """How much an evaluation computes; nothing is begun."""
+    mpix = campaign.images * campaign.size**2 / 1e6
+    seconds = _SECONDS_PER_MPIX + (_SECONDS_PER_MPIX_PSF if campaign.psf == "measured" else 0.0)
+    return Plan(campaign.images, mpix, campaign.images * campaign.per_image, seconds * mpix)
+
+
+def evaluate(
+    campaign: Campaign,
+    out: str | Path,
+    *,
+    cluster: str = "local",
+    workers: int | None = None,
+    quiet: bool = False,
+) -> Evaluation:
+    """Measure completeness and false alarms, and hold them against theory.
+
+    Parameters
+    ----------
+    campaign : Campaign
+    out : path
+        A folder, made where it is missing: ``completeness.json`` (verdicts and every number behind them),
+        ``completeness.png``, ``sources.parquet`` (a row an injected source), ``false_alarms.parquet`` (a row a
+        detection that is nothing, of the images and of the Gaussian fields).
+    cluster, workers, quiet
+        As for `batchproc.run`. The results are the same wherever it runs.
+
+    Raises
+    ------
+    UsageError
+        Another word for the cluster; or no image could be processed.
+    """
+    check_cluster(cluster)
+    tasks = simulated_tasks(campaign)
+    samples, failures = _run(simulated_sample, tasks, campaign.images, campaign, cluster, workers, quiet)
+    if not samples:
+        raise UsageError(f"none of {campaign.images} images could be processed: {'; '.join(failures[:3])}")
+    summary = summarise(samples, threshold=campaign.threshold, snr=campaign.snr, lowest=campaign.lowest)
+    return Evaluation(summary, tuple(failures), _write(Path(out), summary, samples))
+
+
+def _run(
+    function: Callable[[Any], Sample],
+    tasks: Iterable[Any],
+    total: int,
+    campaign: Campaign,
+    cluster: str,
+    workers: int | None,
+    quiet: bool,
+) -> tuple[list[Sample], list[str]]:
+    """All samples in the order of the tasks, and what failed; a bug in one ends all."""
+    say(plan(campaign).text(1 if cluster == "serial" else workers), quiet=quiet)
+    samples: dict[int, Sample] = {}
+    failures: dict[int, str] = {}
+    with open_executor(cluster, workers, campaign.config.threads, total) as executor:
+        outcomes = sliding(executor, function, tasks)
+        for task, outcome in show(outcomes, total, "images", quiet=quiet):
+            if isinstance(outcome.error, ExposureError):
+                failures[task.index] = f"{outcome.error.stage}: {outcome.error}"
+            elif outcome.error is not None:
+                raise outcome.error
+            else:
+                samples[task.index] = outcome.value
+    return [samples[i] for i in sorted(samples)], [failures[i] for i in sorted(failures)]
+
+
+def _write(out: Path, summary: Summary, samples: Sequence[Sample]) -> tuple[Path, ...]:
+    out.mkdir(parents=True, exist_ok=True)
+    names = ("completeness.json", "completeness.png", "sources.parquet", "false_alarms.parquet")
+    files = tuple(out / name for name in names)
+    images = [{"name": s.name, "mpix": s.mpix, **s.facts} for s in samples]
+    document = {**summary.to_dict(), "images": images}
+    write_text(files[0], json.dumps(document, indent=1) + "\n")
+    write_bytes(files[1], draw(summary, samples))
+    _table([(s.name, s.sources, {}) for s in samples]).to_parquet(files[2], index=False)
+    alarms = [(s.name, s.alarms, {"gaussian": False}) for s in samples]
+    _table([*alarms, *((s.name, s.gaussian, {"gaussian": True}) for s in samples)]).to_parquet(files[3], index=False)
+    return files
+
+
+def _table(parts: Iterable[tuple[str, NDArray[np.void], dict[str, Any]]]) -> pd.DataFrame:
+    """Structured arrays below one another, each with its image's name."""
+    frames = []
+    for name, rows, more in parts:
+        frame = pd.DataFrame({column: rows[column] for column in rows.dtype.names or ()})
+        frames.append(frame.assign(image=name, **more))
+    return pd.concat(frames, ignore_index=True)
