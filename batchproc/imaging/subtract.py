@@ -15,7 +15,7 @@ continuous where tiles meet.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numba
@@ -28,6 +28,7 @@ from batchproc.imaging.zogy import Frame, Planes, filter_frame, interpolate_over
 from batchproc.records import Difference, Kernels, MaskBit, PsfLike
 
 __all__ = [
+    "FILL_REACH",
     "HISTOGRAM_EDGES",
     "ResidualModel",
     "Subtraction",
@@ -40,10 +41,14 @@ __all__ = [
     "prepare",
     "subtract",
     "subtract_tile",
+    "tile_border",
 ]
 
 #: S_corr's histogram in receipts: counts on these edges.
 HISTOGRAM_EDGES = np.arange(-8.0, 8.01, 0.25)
+
+#: So far away, in pixels, are the good ones that a bad one takes its value from.
+FILL_REACH = 32
 
 #: The finer histogram that the width is read from: this many bins per sigma, out to as many sigma.
 _BINS_PER_SIGMA, _HISTOGRAM_REACH = 256, 16
@@ -205,6 +210,11 @@ def plan_tiles(shape: tuple[int, int], border: int, largest: int = 1024) -> tupl
     return tuple(tiles)
 
 
+def tile_border(psf_new: PsfLike, psf_ref: PsfLike) -> int:
+    """Border of a tile in pixels: as far as the filters of this pair reach."""
+    return (psf_new.size + psf_ref.size) // 2 + 1
+
+
 def _split(length: int, core: int) -> Iterator[tuple[int, int]]:
     n = -(-length // core)
     edges = np.linspace(0, length, n + 1).round().astype(int)
@@ -318,8 +328,12 @@ def prepare(
     noise_new: NDArray | None = None,
     noise_ref: NDArray | None = None,
     tile: int = 1024,
+    tiles: Sequence[Tile] | None = None,
 ) -> Iterator[TileInput]:
     """The inputs of every tile, one by one; parameters as in `subtract`.
+
+    `tiles` names those that are wanted, by default all that `plan_tiles` gives. Of a part of an image that reaches
+    `FILL_REACH` beyond their frames (or to the image's edge) they are the same as of the whole.
 
     Raises
     ------
@@ -340,10 +354,10 @@ def prepare(
             n_bad_ref=int(np.count_nonzero(mask_ref)),
         )
     values = interpolate_over(new, mask_new, rows, columns)
-    tiles = plan_tiles(shape, (psf_new.size + psf_ref.size) // 2 + 1, tile)
+    wanted = plan_tiles(shape, tile_border(psf_new, psf_ref), tile) if tiles is None else tiles
 
     def inputs() -> Iterator[TileInput]:
-        for t in tiles:
+        for t in wanted:
             under = t.covered(shape)
             y, x = under[0].start, under[1].start
             centre = (t.x0 + t.x1 - 1) / 2, (t.y0 + t.y1 - 1) / 2
@@ -427,6 +441,8 @@ def finish(
     radius: int,
     renormalise: bool = True,
     star_residuals: bool = True,
+    residuals: ResidualModel | None = None,
+    width: float | None = None,
 ) -> Subtraction:
     """S_corr, fluxes and their errors of a whole image from the planes of its tiles, whose memory they take over.
 
@@ -440,10 +456,15 @@ def finish(
         Of a star's core in pixels.
     renormalise, star_residuals : bool
         As in `subtract`.
+    residuals : ResidualModel, optional
+    width : float, optional
+        Of S_corr on blank sky. Both are measured unless given: of a part of an image they are those of the whole.
     """
-    residuals = measure_residuals(planes, mask, radius) if star_residuals else ResidualModel()
+    if residuals is None:
+        residuals = measure_residuals(planes, mask, radius) if star_residuals else ResidualModel()
     fine = _correct(planes, mask, np.float32(residuals.amplitude**2), np.float32(residuals.shift**2))
-    width = _width(fine) if fine.any() else 1.0
+    if width is None:
+        width = _width(fine) if fine.any() else 1.0
     histogram = np.zeros(len(HISTOGRAM_EDGES) - 1, np.int64)
     for k in kernels:
         own = np.s_[k.y0 : k.y1, k.x0 : k.x1]
