@@ -20,7 +20,7 @@ import numpy as np
 import pyfftw
 from numpy.typing import NDArray
 
-__all__ = ["SIDES", "Fft", "bundled_wisdom", "get_fft", "import_wisdom", "measure_wisdom"]
+__all__ = ["SIDES", "Fft", "frozen_wisdom", "get_fft", "import_wisdom", "measure_wisdom"]
 
 #: Sides of square tiles: multiples of 32 (rows stay aligned) whose prime factors FFTW is quick with.
 SIDES = (
@@ -33,6 +33,7 @@ _plans = threading.local()
 _planner = threading.Lock()
 #: Counts changes of wisdom: plans made before one are not used after it. 0: none has been imported yet.
 _generation = 0
+_bundled_is_good = True
 
 
 class Fft:
@@ -114,9 +115,11 @@ def get_fft(shape: tuple[int, int]) -> Fft:
     return cache[key]
 
 
-def bundled_wisdom() -> str:
-    """The package's frozen wisdom as text for `import_wisdom`."""
-    return _BUNDLED.read_text()
+def frozen_wisdom() -> str:
+    """The package's wisdom as text for `import_wisdom`; empty where this FFTW does not accept it."""
+    if _generation == 0:
+        _import_bundled()
+    return _BUNDLED.read_text() if _bundled_is_good else ""
 
 
 def measure_wisdom(shapes: Iterable[tuple[int, int]]) -> str:
@@ -145,9 +148,11 @@ def import_wisdom(text: str) -> None:
 
 
 def _import_bundled() -> None:
+    global _bundled_is_good
     try:
-        import_wisdom(bundled_wisdom())
+        import_wisdom(_BUNDLED.read_text())
     except ValueError:  # another build of FFTW: its estimates are slower, and right
+        _bundled_is_good = False
         _forget_plans()
 
 

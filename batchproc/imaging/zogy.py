@@ -50,7 +50,7 @@ __all__ = [
 #: Reach of the central difference of eighth order that makes the gradients of S, in pixels.
 STENCIL = 4
 
-#: Where both |P^| fall below this, D has nothing to say of sources: it only has to stay white, and compact.
+#: Where sqrt(den) falls below this, D has nothing to say of sources: it only has to stay white, and compact.
 FLOOR = 1e-6
 
 #: V(S) / F_S is never below this: a convolution by Fourier can come out at zero or below by rounding.
@@ -386,8 +386,10 @@ def zogy(
     Difference
         ``difference`` (D, E13), ``score`` (S, E12), ``score_corr`` (S_corr, E25), ``flux`` and ``flux_err`` (E41, E43)
         in the units of new, ``psf`` (P_D, E14); images float32. D is white everywhere, also where both PSFs have lost
-        their power; what it says of sources holds where |P^| is above 1e-4. Gradients of S are central differences
-        of eighth order, which do not displace S_corr's peak.
+        their power; it follows E13 where (b² |P_r|² + a² |P_n|²)^½ > 1e-4 (a² + b² = 1: see the module). Gradients
+        of S are central differences of eighth order, which do not displace S_corr's peak: V_ast of a source is right
+        to 2 % at a FWHM of 2 pixels, 12 % low at 1.5. Single precision keeps S_corr right to a thousandth of a sigma
+        while neither image is a hundred times noisier than the other.
 
     Raises
     ------

@@ -64,6 +64,21 @@ def gradient(image: NDArray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return ifft2(2j * np.pi * kx[None, :] * image_hat).real, ifft2(2j * np.pi * ky[:, None] * image_hat).real
 
 
+def stencil_gradient(image: NDArray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(d/dx, d/dy) by cyclic central differences of eighth order: `gradient` for all that a pixel grid resolves."""
+
+    def along(axis: int) -> NDArray[np.float64]:
+        weights = {1: 4 / 5, 2: -1 / 5, 3: 4 / 105, 4: -1 / 280}
+        return sum(w * (np.roll(image, -k, axis) - np.roll(image, k, axis)) for k, w in weights.items())
+
+    return along(1), along(0)
+
+
+def power(acf: NDArray | None, shape: tuple[int, int]) -> NDArray[np.float64] | float:
+    """Power spectrum of noise of unit variance with this autocorrelation (odd stamp, 1 in the middle)."""
+    return 1.0 if acf is None else fft2(corner(acf, shape)).real
+
+
 def reference_zogy(
     N: NDArray,
     R: NDArray,
@@ -79,11 +94,15 @@ def reference_zogy(
     sig_x: float = 0.0,
     sig_y: float = 0.0,
     sig_beta: float = 0.0,
+    acf_n: NDArray | None = None,
+    acf_r: NDArray | None = None,
+    derivative=gradient,
 ) -> Reference:
     """All of it.
 
     ``V_n``, ``V_r``: total variance per pixel (default sigma^2); ``sig_x``, ``sig_y``: registration error in pixels;
-    ``sig_beta``: relative error of F_n / F_r.
+    ``sig_beta``: relative error of F_n / F_r; ``acf_n``, ``acf_r``: autocorrelation of the noise of single-pixel rms
+    sigma (default white); ``derivative``: `gradient` or `stencil_gradient`.
     """
     shape = N.shape
     V_n = np.broadcast_to(sigma_n**2 if V_n is None else V_n, shape)
@@ -91,11 +110,14 @@ def reference_zogy(
     N_hat, R_hat = fft2(N), fft2(R)
     P_n_hat, P_r_hat = fft2(corner(psf_n, shape)), fft2(corner(psf_r, shape))
 
-    den = sigma_n**2 * F_r**2 * abs(P_r_hat) ** 2 + sigma_r**2 * F_n**2 * abs(P_n_hat) ** 2
+    # Correlated noise: its power in the place of sigma^2, in every k.
+    Q_n, Q_r = power(acf_n, shape), power(acf_r, shape)
+    den = sigma_n**2 * Q_n * F_r**2 * abs(P_r_hat) ** 2 + sigma_r**2 * Q_r * F_n**2 * abs(P_n_hat) ** 2
     den[den == 0] = 1.0  # both PSFs vanish, and all numerators with them
 
     D_hat = (F_r * P_r_hat * N_hat - F_n * P_n_hat * R_hat) / np.sqrt(den)  # E13
-    F_D = F_r * F_n / np.sqrt(sigma_n**2 * F_r**2 + sigma_r**2 * F_n**2)  # E15
+    # E15; with white noise and P^(0) = 1 it is F_r F_n / sqrt(sigma_n^2 F_r^2 + sigma_r^2 F_n^2)
+    F_D = F_r * F_n * abs(P_r_hat * P_n_hat)[0, 0] / np.sqrt(den[0, 0])
     P_D_hat = F_r * F_n * P_r_hat * P_n_hat / (F_D * np.sqrt(den))  # E14
     S_hat = (
         F_n * F_r**2 * P_n_hat.conj() * abs(P_r_hat) ** 2 * N_hat
@@ -106,8 +128,10 @@ def reference_zogy(
     k_r = ifft2(F_r * F_n**2 * P_r_hat.conj() * abs(P_n_hat) ** 2 / den).real  # E28
     k_n = ifft2(F_n * F_r**2 * P_n_hat.conj() * abs(P_r_hat) ** 2 / den).real  # E29
     S_N, S_R = convolve(N, k_n), convolve(R, k_r)
-    V_S = convolve(V_n, k_n**2) + convolve(V_r, k_r**2)  # E26, E27
-    (dSN_dx, dSN_dy), (dSR_dx, dSR_dy) = gradient(S_N), gradient(S_R)
+    # Noise of power Q is white noise convolved with sqrt(Q): so are the kernels that its variance passes through.
+    c_n, c_r = (ifft2(fft2(k) * np.sqrt(Q)).real for k, Q in ((k_n, Q_n), (k_r, Q_r)))
+    V_S = convolve(V_n, c_n**2) + convolve(V_r, c_r**2)  # E26, E27
+    (dSN_dx, dSN_dy), (dSR_dx, dSR_dy) = derivative(S_N), derivative(S_R)
     V_ast = sig_x**2 * (dSN_dx**2 + dSR_dx**2) + sig_y**2 * (dSN_dy**2 + dSR_dy**2)  # E30-E33
     V_beta = sig_beta**2 * S_R**2  # one number multiplies all of R, hence all of S_R
 
