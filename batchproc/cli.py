@@ -113,6 +113,11 @@ def _where_to_run(verb: Callable[..., Any]) -> Callable[..., Any]:
     return verb
 
 
+_spread = click.option(
+    "--spread",
+    type=click.Choice(["auto", "images", "tiles"]),
+    help="What the workers share out: images, or the tiles of each.  [default: as configured, auto]",
+)
 _report = click.option("--no-report", is_flag=True, help="Do not write report.html.")
 _max_bugs = click.option(
     "--max-bugs",
@@ -212,6 +217,7 @@ def manifest_check(manifest: Path, no_headers: bool) -> int:
 @click.option("--pilot", type=click.IntRange(1), metavar="N", help="Do N images, and say what the rest will take.")
 @_max_bugs
 @_report
+@_spread
 @_where_to_run
 def run(
     manifest: Path,
@@ -221,6 +227,7 @@ def run(
     pilot: int | None,
     max_bugs: int,
     no_report: bool,
+    spread: str | None,
     cluster: str,
     workers: int | None,
     quiet: bool,
@@ -235,7 +242,7 @@ def run(
     from batchproc import job
 
     if dry_run:
-        click.echo(_tell_plan(job.plan(manifest, out, config=settings), workers))
+        click.echo(_tell_plan(job.plan(manifest, out, config=settings, spread=spread), cluster, workers))
         return 0
     summary = job.run(
         manifest,
@@ -243,6 +250,7 @@ def run(
         config=settings,
         cluster=cluster,
         workers=workers,
+        spread=spread,
         pilot=pilot,
         report=not no_report,
         max_bugs=max_bugs,
@@ -250,7 +258,7 @@ def run(
     )
     click.echo(_tell_run(summary))
     if pilot is not None:
-        click.echo(_tell_plan(job.plan(manifest, out, config=settings), workers))
+        click.echo(_tell_plan(job.plan(manifest, out, config=settings, spread=spread), cluster, workers))
     return summary.exit_code
 
 
@@ -271,8 +279,11 @@ def status(run: Path, as_json: bool) -> int:
 @_run_folder
 @_max_bugs
 @_report
+@_spread
 @_where_to_run
-def retry(run: Path, max_bugs: int, no_report: bool, cluster: str, workers: int | None, quiet: bool) -> int:
+def retry(
+    run: Path, max_bugs: int, no_report: bool, spread: str | None, cluster: str, workers: int | None, quiet: bool
+) -> int:
     """Try the images of a run again that failed.
 
     Images that were never tried are left to `batchproc run`. Exit code 0: the run is all done; 1: images still fail or
@@ -281,7 +292,15 @@ def retry(run: Path, max_bugs: int, no_report: bool, cluster: str, workers: int 
     _set_up(None, cluster)
     from batchproc import job
 
-    summary = job.retry(run, cluster=cluster, workers=workers, report=not no_report, max_bugs=max_bugs, quiet=quiet)
+    summary = job.retry(
+        run,
+        cluster=cluster,
+        workers=workers,
+        spread=spread,
+        report=not no_report,
+        max_bugs=max_bugs,
+        quiet=quiet,
+    )
     click.echo(_tell_run(summary))
     return summary.exit_code
 
@@ -356,12 +375,12 @@ def models_add(path: Path, name: str | None) -> int:
 @click.option("--most", type=click.IntRange(1), default=2000, show_default=True, help="Use at most so many stamps.")
 def models_quantise(model: str, run: Path, most: int) -> int:
     """Add an int8 version to a model, and say how far it agrees with the exact one."""
-    from batchproc.distribute.plan import spread
+    from batchproc.distribute.plan import evenly
     from batchproc.io.quantise import quantise_model
     from batchproc.io.stamps import open_stamps
 
     stamps = open_stamps(run)
-    found = quantise_model(model, stamps[spread(range(len(stamps)), most)])
+    found = quantise_model(model, stamps[evenly(range(len(stamps)), most)])
     click.echo(
         f"int8 against float on {found.n_stamps} stamps: largest difference {found.largest_difference:.3f}, "
         f"mean {found.mean_difference:.4f}; {found.lost} lost and {found.gained} gained at the threshold"
@@ -414,7 +433,10 @@ def _levels(context: click.Context, parameter: click.Parameter, value: str) -> t
 @click.option(
     "--snr", default="3:15", show_default=True, callback=_range, metavar="LOW:HIGH", help="S/N of what is injected."
 )
-@click.option("--per-image", type=click.IntRange(1), default=60, show_default=True, help="Sources put into each pair.")
+@click.option("--per-image", type=click.IntRange(1), default=30, show_default=True, help="Sources put into each pair.")
+@click.option(
+    "--seeing", default="2:5", show_default=True, callback=_range, metavar="LOW:HIGH", help="FWHM in pixels."
+)
 @click.option("--threshold", type=float, help="Found is what exceeds it, in sigma.  [default: that of the settings]")
 @click.option(
     "--sky",
@@ -509,15 +531,22 @@ def _tell_status(status: Status) -> str:
     return "\n".join(lines)
 
 
-def _tell_plan(plan: Plan, workers: int | None) -> str:
+def _tell_plan(plan: Plan, cluster: str, workers: int | None) -> str:
+    workers = 1 if cluster == "serial" else workers or os.cpu_count() or 1
     lines = [
         f"{plan.images} images: {plan.done} done, {plan.failed} failed before, {plan.missing} to do",
         f"to read: {size(plan.bytes_in)}; to write: about {size(plan.bytes_out)} in {plan.files_out} files",
     ]
     if plan.missing_files:
         lines.append(f"{plan.missing_files} files are not there: see `batchproc manifest check`")
+    if plan.missing and plan.spread(workers) == "tiles":
+        lines.append(
+            f"the tiles of each image ({plan.pixels / 1e6:.0f} Mpix) are spread over {workers} workers, "
+            f"with {size(plan.tile_bytes(workers))} of them under way"
+        )
+    elif plan.missing:
+        lines.append(f"one image a task, on {min(workers, plan.missing)} workers")
     if plan.measured:
-        workers = workers or os.cpu_count() or 1
         lines.append(
             f"measured on {plan.measured} images: {duration(plan.seconds_per_image)} and up to "
             f"{size(plan.peak_memory_mb * 2**20)} of memory each; {duration(plan.seconds(workers))} for what is left "

@@ -165,9 +165,13 @@ class Config:
     classify: ClassifyConfig = field(default_factory=ClassifyConfig)
     threads: int = 1
     """Threads of each worker process, for every library alike."""
+    spread: str = "auto"
+    """What the workers share out: ``images`` (one a task), the ``tiles`` of each image (a large one is done sooner), or
+    ``auto``: tiles where there are fewer images than workers, and large ones. The results are the same."""
 
     def __post_init__(self) -> None:
         _require(self.threads >= 1, self, "threads", "at least 1")
+        _require(self.spread in ("auto", "images", "tiles"), self, "spread", "auto, images or tiles")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
@@ -200,8 +204,8 @@ class Config:
 
     @property
     def digest(self) -> str:
-        """Short hash of every setting that decides what comes out (threads do not)."""
-        values = {key: value for key, value in self.to_dict().items() if key != "threads"}
+        """Short hash of every setting that decides what comes out (threads and spread do not)."""
+        values = {key: value for key, value in self.to_dict().items() if key not in ("threads", "spread")}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -29,7 +29,7 @@ from batchproc.imaging.photometry import FluxRatio, measure_flux_ratio, psf_flux
 from batchproc.imaging.psf import fit_psf
 from batchproc.imaging.sources import BrightStars, bright_stars, find_sources
 from batchproc.imaging.stars import Stars, find_stars
-from batchproc.imaging.subtract import subtract
+from batchproc.imaging.subtract import MapTiles, subtract
 from batchproc.io.images import read_new, read_refs
 from batchproc.records import CATALOGUE, Difference, Exposure, ManifestEntry, MaskBit, PsfLike, Receipt
 
@@ -60,7 +60,9 @@ class ImageResult:
     ref: NDArray[np.float32]
 
 
-def process_image(entry: ManifestEntry, config: Config | None = None) -> ImageResult:
+def process_image(
+    entry: ManifestEntry, config: Config | None = None, *, map_tiles: MapTiles | None = None
+) -> ImageResult:
     """Find what changed between one image and its reference.
 
     Parameters
@@ -68,6 +70,8 @@ def process_image(entry: ManifestEntry, config: Config | None = None) -> ImageRe
     entry : ManifestEntry
         One row of a manifest.
     config : Config, optional
+    map_tiles : callable, optional
+        Does the tiles of the subtraction somewhere else: see `subtract`.
 
     Returns
     -------
@@ -85,11 +89,17 @@ def process_image(entry: ManifestEntry, config: Config | None = None) -> ImageRe
         refs = read_refs(entry)
     with clock("align"):
         aligned = align(new, refs, config.align)
-    return subtract_exposures(new, aligned, config, image_id=entry.image_id, clock=clock)
+    return subtract_exposures(new, aligned, config, image_id=entry.image_id, clock=clock, map_tiles=map_tiles)
 
 
 def subtract_exposures(
-    new: Exposure, aligned: Aligned, config: Config, *, image_id: str, clock: Clock | None = None
+    new: Exposure,
+    aligned: Aligned,
+    config: Config,
+    *,
+    image_id: str,
+    clock: Clock | None = None,
+    map_tiles: MapTiles | None = None,
 ) -> ImageResult:
     """The flow from two exposures on one grid; `process_image` is this after reading and aligning."""
     clock = clock or Clock()
@@ -144,6 +154,7 @@ def subtract_exposures(
             tile=config.subtract.tile,
             renormalise=config.subtract.renormalise,
             star_residuals=config.subtract.star_residuals,
+            map_tiles=map_tiles,
         )
         _require_sane_noise(subtraction.renormalisation, new)
     with clock("detect"):

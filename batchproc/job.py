@@ -9,6 +9,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ from typing import Any
 from batchproc.config import Config
 from batchproc.display import say, show
 from batchproc.distribute.campaign import classify_chunks, plan_chunks, process_images
-from batchproc.distribute.clusters import check_cluster, dashboard, open_executor
+from batchproc.distribute.clusters import check_cluster, dashboard, local_workers, open_executor
 from batchproc.distribute.executors import Executor, WorkerDiedError
-from batchproc.distribute.plan import Plan, plan_run, spread
+from batchproc.distribute.plan import Plan, choose_spread, evenly, image_pixels, images_at_once, plan_run
 from batchproc.distribute.tasks import Chunk
 from batchproc.errors import ModelError
 from batchproc.flow import process_image
-from batchproc.imaging.fft import measure_wisdom
+from batchproc.imaging.fft import frozen_wisdom
 from batchproc.io.manifest import read_manifest
 from batchproc.io.models import load_model
 from batchproc.io.progress import Status, drop_strange_markers, finished_images, gather, read_status
@@ -33,9 +34,9 @@ from batchproc.report import write_report
 __all__ = ["RunSummary", "Steps", "classify", "plan", "retry", "run"]
 
 
-def _measure_wisdom(config: Config) -> str:
-    """FFTW's plans for every tile that the configuration allows."""
-    return measure_wisdom([(side, side) for side in (256, 512, 1024, 2048) if side <= config.subtract.tile])
+def _wisdom(config: Config) -> str:
+    """FFTW's plans, kept with the run so that a later version of the package repeats its bytes."""
+    return frozen_wisdom()
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Steps:
 
     process: Callable[[ManifestEntry, Config], Any] = process_image
     model: Callable[[str, int], Any] = load_model
-    wisdom: Callable[[Config], str] = _measure_wisdom
+    wisdom: Callable[[Config], str] = _wisdom
     report: Callable[[Path], Path] = write_report
 
 
@@ -98,6 +99,7 @@ def run(
     config: Config | str | Path | None = None,
     cluster: str = "local",
     workers: int | None = None,
+    spread: str | None = None,
     pilot: int | None = None,
     report: bool = True,
     max_bugs: int = 5,
@@ -119,6 +121,8 @@ def run(
         the script.
     workers : int, optional
         Processes of a local cluster.
+    spread : {"auto", "images", "tiles"}, optional
+        What the workers share out; by default ``spread`` of the configuration.
     pilot : int, optional
         Only so many of the missing images, spread over the manifest, to measure them. The exit code is then that of
         what was asked for: 0 though images are missing.
@@ -141,7 +145,7 @@ def run(
         Before anything is computed.
     """
     folder = RunFolder(Path(out))
-    entries, settings = _entries(manifest), _settings(config, folder)
+    entries, settings = _entries(manifest), _spread(_settings(config, folder), spread)
     job = _Job(folder, settings, steps, cluster, workers, report, max_bugs, quiet)
     with folder.locked():
         folder.freeze(entries, settings, lambda: steps.wisdom(settings))
@@ -150,7 +154,7 @@ def run(
         todo = [entry for entry in entries if entry.image_id not in tried]
         if tried:
             say(f"{len(tried)} of {len(entries)} images were tried before; {len(todo)} are missing", quiet=quiet)
-        summary = job.carry_out(todo if pilot is None else spread(todo, pilot))
+        summary = job.carry_out(todo if pilot is None else evenly(todo, pilot))
         return replace(summary, pilot=pilot is not None)
 
 
@@ -159,6 +163,7 @@ def retry(
     *,
     cluster: str = "local",
     workers: int | None = None,
+    spread: str | None = None,
     report: bool = True,
     max_bugs: int = 5,
     quiet: bool = False,
@@ -167,7 +172,7 @@ def retry(
     """Try the images again that failed; arguments as for `run`, which is what does those that were never tried."""
     folder = RunFolder.existing(out)
     folder.check_version()
-    job = _Job(folder, folder.config(), steps, cluster, workers, report, max_bugs, quiet)
+    job = _Job(folder, _spread(folder.config(), spread), steps, cluster, workers, report, max_bugs, quiet)
     with folder.locked():
         job.take_stock()
         failed = {image_id for image_id, status in finished_images(folder).items() if status != "done"}
@@ -212,11 +217,15 @@ def classify(
 
 
 def plan(
-    manifest: str | Path | Sequence[ManifestEntry], out: str | Path, *, config: Config | str | Path | None = None
+    manifest: str | Path | Sequence[ManifestEntry],
+    out: str | Path,
+    *,
+    config: Config | str | Path | None = None,
+    spread: str | None = None,
 ) -> Plan:
     """What `run` would do; computes and writes nothing."""
     folder = RunFolder(Path(out))
-    entries, settings = _entries(manifest), _settings(config, folder)
+    entries, settings = _entries(manifest), _spread(_settings(config, folder), spread)
     if folder.record.is_file():
         folder.check(entries, settings)
     return plan_run(folder, entries, settings)
@@ -263,11 +272,12 @@ class _Job:
         chunks = self.unscored()
         try:
             if todo or chunks:
-                tasks = max(len(todo), len(chunks))
-                with open_executor(self.cluster, self.workers, self.settings.threads, tasks) as executor:
+                pixels = image_pixels(todo)
+                with self.executor(todo, chunks, pixels) as executor:
                     if dashboard(executor):
                         say(f"watch it at {dashboard(executor)}", quiet=self.quiet)
-                    receipts = self.process(todo, executor)
+                    spread = self.spread(todo, executor.workers, pixels)
+                    receipts = self.process(todo, executor, spread)
                     if receipts["bug"] <= self.max_bugs:
                         try:
                             scored = self.score(self.unscored(), executor)
@@ -290,9 +300,25 @@ class _Job:
             problem="\n".join(problems),
         )
 
-    def process(self, todo: Sequence[ManifestEntry], executor: Executor) -> Counter[str]:
+    def spread(self, todo: Sequence[ManifestEntry], workers: int, pixels: int) -> str:
+        """What the workers share out: images or tiles."""
+        return choose_spread(self.settings.spread, len(todo), workers, pixels)
+
+    def executor(
+        self, todo: Sequence[ManifestEntry], chunks: Sequence[Chunk], pixels: int
+    ) -> AbstractContextManager[Executor]:
+        """Where it runs, with no more processes than have work, and memory where the images are."""
+        threads = self.settings.threads
+        workers = local_workers(self.workers, threads)
+        if self.spread(todo, workers, pixels) == "tiles":
+            return open_executor(self.cluster, workers, threads, large=images_at_once(len(todo), workers))
+        return open_executor(self.cluster, self.workers, threads, max(len(todo), len(chunks)))
+
+    def process(self, todo: Sequence[ManifestEntry], executor: Executor, spread: str) -> Counter[str]:
         """Process images; returns how many ended how."""
         ended: Counter[str] = Counter()
+        if spread == "tiles":
+            say(f"the tiles of each image are spread over {executor.workers} workers", quiet=self.quiet)
         receipts = process_images(
             self.folder,
             todo,
@@ -300,6 +326,7 @@ class _Job:
             process=self.steps.process,
             threads=self.settings.threads,
             max_bugs=self.max_bugs,
+            spread=spread,
         )
 
         def failed() -> str:
@@ -333,6 +360,10 @@ def _tell_scoring(error: Exception) -> str:
 
 def _entries(manifest: str | Path | Sequence[ManifestEntry]) -> list[ManifestEntry]:
     return read_manifest(manifest) if isinstance(manifest, (str, Path)) else list(manifest)
+
+
+def _spread(settings: Config, spread: str | None) -> Config:
+    return settings if spread is None else replace(settings, spread=spread)
 
 
 def _settings(config: Config | str | Path | None, folder: RunFolder) -> Config:

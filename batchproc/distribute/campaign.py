@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from batchproc.distribute.executors import Executor, Outcome, WorkerDiedError, sliding
+from batchproc.distribute.plan import images_at_once
 from batchproc.distribute.tasks import Chunk, Job, Process, classify_chunk, process_image
 from batchproc.io.catalogue import scored_images
 from batchproc.io.progress import ReceiptLog, read_index
@@ -31,6 +32,7 @@ def process_images(
     process: Process,
     threads: int = 1,
     max_bugs: int = 5,
+    spread: str = "images",
 ) -> Iterator[Receipt]:
     """Process images, log each receipt, and yield it.
 
@@ -50,8 +52,14 @@ def process_images(
         For every library of a worker process.
     max_bugs : int
         After more bugs than this the campaign stops: the iterator ends.
+    spread : {"images", "tiles"}
+        What the workers share out among themselves. With tiles, images that outnumber the workers are done one by one.
     """
-    work = partial(process_image, Job.of(folder, threads, executor), process)
+    work = partial(process_image, Job.of(folder, threads, executor, spread), process)
+    at_once = None
+    if spread == "tiles":
+        entries = list(entries)
+        at_once = images_at_once(len(entries), executor.workers)
     bugs = 0
     lost: list[ManifestEntry] = []
     with ReceiptLog(folder) as log:
@@ -65,7 +73,7 @@ def process_images(
                 log.add(receipt)
                 yield receipt
 
-        for images, window, last in ((entries, None, False), (lost, 1, True)):
+        for images, window, last in ((entries, at_once, False), (lost, 1, True)):
             with closing(run(images, window, last)) as receipts:
                 for receipt in receipts:
                     yield receipt

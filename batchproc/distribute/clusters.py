@@ -16,7 +16,7 @@ from batchproc.distribute.executors import DaskExecutor, Executor, SerialExecuto
 from batchproc.distribute.threads import limit_threads, thread_environment
 from batchproc.errors import UsageError
 
-__all__ = ["check_cluster", "dashboard", "open_executor"]
+__all__ = ["check_cluster", "dashboard", "local_workers", "open_executor"]
 
 _DASK = {
     # The campaign itself gives a task a second chance, alone; and one task to a worker keeps blame from neighbours.
@@ -40,7 +40,11 @@ def check_cluster(cluster: str) -> None:
 
 @contextmanager
 def open_executor(
-    cluster: str = "local", workers: int | None = None, threads: int = 1, tasks: int = 10**9
+    cluster: str = "local",
+    workers: int | None = None,
+    threads: int = 1,
+    tasks: int = 10**9,
+    large: int | None = None,
 ) -> Iterator[Executor]:
     """An executor for the time of a ``with`` block.
 
@@ -55,6 +59,9 @@ def open_executor(
         Threads that libraries may use in each process.
     tasks : int
         A local cluster has no more processes than this.
+    large : int, optional
+        Where no more than so many processes of a local cluster will hold much at a time, the memory is theirs; by
+        default it is shared out equally.
 
     Raises
     ------
@@ -66,7 +73,7 @@ def open_executor(
         with limit_threads(threads):  # of the caller's process, which gets its own back
             yield SerialExecutor()
     elif cluster == "local":
-        with _local_client(workers, threads, tasks) as client:
+        with _local_client(workers, threads, tasks, large) as client:
             yield DaskExecutor(client)
     else:
         with _remote_client(cluster) as client:
@@ -78,14 +85,20 @@ def dashboard(executor: Executor) -> str | None:
     return getattr(getattr(executor, "client", None), "dashboard_link", None)
 
 
-@contextmanager
-def _local_client(workers: int | None, threads: int, tasks: int) -> Iterator[Any]:
-    import dask
+def local_workers(workers: int | None, threads: int) -> int:
+    """Processes of a local cluster that has tasks enough: by default as many as there are cores for `threads` each."""
     from dask.system import CPU_COUNT
+
+    return max(1, workers or CPU_COUNT // threads)
+
+
+@contextmanager
+def _local_client(workers: int | None, threads: int, tasks: int, large: int | None) -> Iterator[Any]:
+    import dask
     from distributed import Client, LocalCluster
     from distributed.system import MEMORY_LIMIT
 
-    workers = max(1, min(workers or CPU_COUNT // threads, tasks))
+    workers = max(1, min(local_workers(workers, threads), tasks))
     environment = dask.config.get("distributed.nanny.pre-spawn-environ", {}) | thread_environment(threads)
     settings = _DASK | {"distributed.nanny.pre-spawn-environ": environment}
     with dask.config.set(settings), warnings.catch_warnings():
@@ -95,7 +108,7 @@ def _local_client(workers: int | None, threads: int, tasks: int) -> Iterator[Any
                 n_workers=workers,
                 threads_per_worker=1,
                 processes=True,
-                memory_limit=int(0.9 * MEMORY_LIMIT / workers),
+                memory_limit=int(0.9 * MEMORY_LIMIT / min(workers, large or workers)),
                 host="127.0.0.1",
                 dashboard_address="127.0.0.1:8787",
                 silence_logs=logging.CRITICAL,

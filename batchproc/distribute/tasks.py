@@ -7,11 +7,12 @@ killed at any moment, or run twice.
 from __future__ import annotations
 
 import resource
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from batchproc.config import Config
-from batchproc.distribute.executors import Executor
+from batchproc.distribute.executors import Executor, WorkerDiedError
 from batchproc.distribute.memory import keep_freed_memory
 from batchproc.distribute.threads import limit_threads
+from batchproc.distribute.tiles import TileMap
 from batchproc.errors import ExposureError
 from batchproc.imaging.fft import import_wisdom
 from batchproc.io.catalogue import read_part, write_part, write_scores
@@ -32,8 +34,10 @@ from batchproc.records import ManifestEntry, Receipt
 
 __all__ = ["Chunk", "Job", "classify_chunk", "process_image"]
 
-#: `batchproc.flow.process_image`, or a stand-in with its face.
-Process = Callable[[ManifestEntry, Config], Any]
+#: `batchproc.flow.process_image`, or a stand-in with its face; the keyword ``map_tiles`` comes where tiles are spread.
+Process = Callable[..., Any]
+
+_preparing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -50,17 +54,20 @@ class Job:
         For every library of the process.
     here : bool
         The tasks run in the driver's process, which may be a user's own: they change nothing that outlasts them.
+    spread : {"images", "tiles"}
+        Whether a task works on its image alone, or hands its tiles to all workers.
     """
 
     run: str
     identity: str
     threads: int = 1
     here: bool = False
+    spread: str = "images"
 
     @classmethod
-    def of(cls, folder: RunFolder, threads: int, executor: Executor) -> Job:
+    def of(cls, folder: RunFolder, threads: int, executor: Executor, spread: str = "images") -> Job:
         """The job of a run that has been begun."""
-        return cls(str(folder.path.resolve()), folder.identity(), threads, executor.here)
+        return cls(str(folder.path.resolve()), folder.identity(), threads, executor.here, spread)
 
 
 @dataclass(frozen=True)
@@ -79,11 +86,19 @@ def process_image(job: Job, process: Process, entry: ManifestEntry) -> Receipt:
     Receipt
         ``done`` when everything is on the disk; ``failed`` for an `ExposureError`; ``bug`` for anything else, with its
         traceback.
+
+    Raises
+    ------
+    WorkerDiedError
+        Another worker died under a tile of the image.
     """
     folder, config = _prepare(job)
     cpu = time.process_time()
+    map_tiles = TileMap(partial(_prepare, job)) if job.spread == "tiles" else None
     try:
-        result = process(entry, config)
+        result = process(entry, config) if map_tiles is None else process(entry, config, map_tiles=map_tiles)
+        if map_tiles is not None:
+            cpu -= map_tiles.cpu_elsewhere
         start = time.perf_counter()
         write_part(folder.catalogue_part(entry.image_id), result.catalogue)
         write_stamps(folder.stamps_part(entry.image_id), result.stamps)
@@ -91,6 +106,8 @@ def process_image(job: Job, process: Process, entry: ManifestEntry) -> Receipt:
         receipt: Receipt = replace(result.receipt, seconds=seconds, **_use(cpu))
         mark_done(folder, receipt, config.digest)
         return receipt
+    except WorkerDiedError:  # the campaign knows what to do
+        raise
     except ExposureError as error:
         return _failed(entry, "failed", error, cpu, stage=error.stage, metadata=error.metadata)
     except Exception as error:
@@ -113,9 +130,14 @@ def classify_chunk(job: Job, model: Any, chunk: Chunk) -> int:
     return int(np.isfinite(scores.reshape(len(scores), -1)).all(axis=1).sum())
 
 
-@lru_cache(maxsize=1)  # FFTW has one wisdom a process: a run that comes back after another needs its own again
 def _prepare(job: Job) -> tuple[RunFolder, Config]:
     """Once in the life of a process and a run: its settings, FFTW's frozen plans, threads, memory."""
+    with _preparing:  # a thread must not plan while another one takes the wisdom over
+        return _prepare_once(job)
+
+
+@lru_cache(maxsize=1)  # FFTW has one wisdom a process: a run that comes back after another needs its own again
+def _prepare_once(job: Job) -> tuple[RunFolder, Config]:
     folder = RunFolder(Path(job.run))
     wisdom = folder.wisdom_file.read_text()
     if wisdom:

@@ -30,6 +30,7 @@ from batchproc.records import Difference, Kernels, MaskBit, PsfLike
 __all__ = [
     "FILL_REACH",
     "HISTOGRAM_EDGES",
+    "MapTiles",
     "ResidualModel",
     "Subtraction",
     "Tile",
@@ -177,6 +178,10 @@ class TileResult:
     kernels: Kernels
 
 
+#: `map` of `subtract_tile` over its inputs: gives the results in their order, from wherever they were computed.
+MapTiles = Callable[[Callable[[TileInput], TileResult], Iterable[TileInput]], Iterable[TileResult]]
+
+
 def plan_tiles(shape: tuple[int, int], border: int, largest: int = 1024) -> tuple[Tile, ...]:
     """Cover an image with square frames of one size.
 
@@ -241,7 +246,7 @@ def subtract(
     tile: int = 1024,
     renormalise: bool = True,
     star_residuals: bool = True,
-    map_tiles: Callable[[Callable[[TileInput], TileResult], Iterable[TileInput]], Iterable[TileResult]] | None = None,
+    map_tiles: MapTiles | None = None,
 ) -> Subtraction:
     """Subtract ref from new on a common grid.
 
@@ -299,8 +304,8 @@ def subtract(
         for each in inputs:
             kernels.append(subtract_tile(each, planes.cut(each.tile.own)).kernels)
     else:
-        inputs = list(inputs)
-        for each, result in zip(inputs, map_tiles(subtract_tile, inputs), strict=True):
+        given = list(inputs)  # views; what is sent away is copied when it goes
+        for each, result in zip(given, map_tiles(subtract_tile, given), strict=True):
             for plane, part in zip(planes.cut(each.tile.own), result.planes, strict=True):
                 plane[:] = part
             kernels.append(result.kernels)
