@@ -11,7 +11,7 @@ import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,12 @@ from batchproc.imaging.background import Background, measure_background
 from batchproc.imaging.centres import match_centres
 from batchproc.imaging.cutouts import cut, round_to_noise
 from batchproc.imaging.detect import Candidates, detect
-from batchproc.imaging.photometry import FluxRatio, measure_flux_ratio, psf_flux, source_variance
+from batchproc.imaging.photometry import FluxRatio, KeptPsf, measure_flux_ratio, psf_flux
 from batchproc.imaging.psf import fit_psf
 from batchproc.imaging.sources import BrightStars, bright_stars, find_sources
 from batchproc.imaging.stars import Stars, find_stars
 from batchproc.imaging.subtract import MapTiles, subtract
+from batchproc.imaging.variance import source_variance
 from batchproc.io.images import read_new, read_refs
 from batchproc.records import CATALOGUE, Difference, Exposure, ManifestEntry, MaskBit, PsfLike, Receipt
 
@@ -107,22 +108,24 @@ def subtract_exposures(
         sky = measure_background(new.data, new.mask, config.background)
         sky_ref = measure_background(aligned.ref.data, aligned.ref.mask, config.background)
         # Interpolated noise is correlated: a matched filter meets more of it than the rms of single pixels tells.
-        rms_ref = sky_ref.rms / np.sqrt(aligned.noise_kept)
+        rms_ref = np.sqrt(aligned.noise_kept)
+        np.divide(sky_ref.rms, rms_ref, out=rms_ref)
         image = sky.subtracted(new.data, new.mask)
         reference = sky_ref.subtracted(aligned.ref.data, aligned.ref.mask)
     with clock("psf"):
-        psf, psf_quality = _psf_of(new, image, sky, config, "new")
+        stars = find_stars(image, sky.rms, new.mask, saturation=new.saturation - sky.global_level, config=config.psf)
+        psf, psf_quality = _psf_of(new, image, sky, config, "new", stars)
         psf_ref, psf_ref_quality = _psf_of(aligned.ref, reference, sky_ref, config, "ref")
     with clock("photometry"):
         variance = _total_variance(new, image, sky.rms, psf)
         variance_ref = _total_variance(aligned.ref, reference, rms_ref, psf_ref)
-        stars = find_stars(image, sky.rms, new.mask, saturation=new.saturation - sky.global_level, config=config.psf)
         # Centroids and PSF fits differ by hundredths of a pixel: the PSF of ref goes where its stars are.
+        kept, kept_ref = KeptPsf(psf), KeptPsf(psf_ref)
         centres = match_centres(
             image,
             reference,
-            psf,
-            psf_ref,
+            kept,
+            kept_ref,
             stars.x,
             stars.y,
             variance_new=variance,
@@ -130,11 +133,13 @@ def subtract_exposures(
             mask_new=new.mask,
             mask_ref=aligned.ref.mask,
         )
-        psf_ref = centres.psf
-        ratio = _flux_ratio(new, aligned.ref, image, reference, variance, variance_ref, psf, psf_ref, stars)
+        ratio = _flux_ratio(new, aligned.ref, image, reference, variance, variance_ref, kept, centres.psf, stars)
+        psf_ref = replace(centres.psf, psf=psf_ref)
         # Flat fields and thin clouds make the ratio vary across the image; what is left is one number.
-        evened = ratio.image(new.shape)
-        reference, rms_ref, variance_ref = reference * evened, rms_ref * evened, variance_ref * evened**2
+        if ratio.varies:
+            evened = ratio.image(new.shape)
+            for plane in (reference, rms_ref, variance_ref, variance_ref):
+                plane *= evened
         registration = (centres.rms_x, centres.rms_y) if centres.n_stars else (aligned.rms_x, aligned.rms_y)
     with clock("subtract"):
         subtraction = subtract(
@@ -193,7 +198,7 @@ def subtract_exposures(
         "residual_shift": subtraction.residuals.shift,
         "n_residual_stars": subtraction.residuals.n_stars,
         "n_tiles": subtraction.n_tiles,
-        "masked_fraction": float(np.mean(subtraction.difference.mask != 0)),
+        "masked_fraction": np.count_nonzero(subtraction.difference.mask) / subtraction.difference.mask.size,
         "zero_point": new.zero_point,
         "assumed": list(new.meta.get("assumed", ())),
         "scorr_hist": subtraction.histogram.tolist(),
@@ -256,15 +261,14 @@ def saturated_stars(mask: NDArray[np.uint8], fwhm: float) -> BrightStars:
 
 
 def _psf_of(
-    exposure: Exposure, data: NDArray, sky: Background, config: Config, which: str
+    exposure: Exposure, data: NDArray, sky: Background, config: Config, which: str, stars: Stars | None = None
 ) -> tuple[PsfLike, dict[str, Any]]:
     """The PSF that was supplied, or the one that the image's stars give."""
     if exposure.psf is not None:
         return exposure.psf, {"fwhm": exposure.psf.fwhm, "psf": "given", "n_psf_stars": 0}
+    saturation = exposure.saturation - sky.global_level
     try:
-        model = fit_psf(
-            data, None, exposure.mask, rms=sky.rms, saturation=exposure.saturation - sky.global_level, config=config.psf
-        )
+        model = fit_psf(data, None, exposure.mask, rms=sky.rms, saturation=saturation, config=config.psf, stars=stars)
     except PsfError as error:
         raise PsfError(f"{which} ({exposure.meta.get('path', '?')}): {error}", image=which, **error.metadata) from None
     quality = {f"psf_{key}": value for key, value in model.quality.items() if key != "n_stars"}
@@ -277,7 +281,7 @@ def _total_variance(exposure: Exposure, data: NDArray, rms: NDArray, psf: PsfLik
     The sources' part comes from the survey's variance plane where that counts them (what it has above its level on
     blank sky), else from a smoothed model of the image itself.
     """
-    sky_variance = np.square(rms).astype(np.float32)
+    sky_variance = np.square(rms)
     if exposure.variance is None or not exposure.meta.get("variance_has_sources", True):
         return source_variance(data, sky_variance, psf)
     blank = (exposure.mask == 0) & (data < rms)

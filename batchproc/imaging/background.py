@@ -19,6 +19,7 @@ from scipy import ndimage
 from batchproc.config import BackgroundConfig
 from batchproc.imaging.fill import dilate
 from batchproc.imaging.mesh import Cells, Surface, look_at_cells, measure_cells, node_offset, smooth_nodes, surface_row
+from batchproc.imaging.planes import as_bytes
 from batchproc.records import MaskBit
 
 __all__ = ["Background", "measure_background"]
@@ -125,14 +126,6 @@ def measure_background(
         float(np.median(first + tilt)),
         float(np.median(_positive(scale))),
     )
-
-
-def as_bytes(mask: NDArray | None, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """The mask as bytes, non-zero where bad; not copied where it is of bytes already."""
-    if mask is None:
-        return np.zeros(shape, np.uint8)
-    mask = np.ascontiguousarray(mask)
-    return mask.view(np.uint8) if mask.dtype.itemsize == 1 else (mask != 0).view(np.uint8)
 
 
 def _positive(rms: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from batchproc.imaging.planes import as_bytes, native
 from batchproc.imaging.polynomial import Frame, Polynomial, fit_polynomial
 from batchproc.imaging.shift import shift_stamp, taps, transform
 from batchproc.records import PsfLike
@@ -99,18 +100,15 @@ def fit_positions(
     ok : ndarray (n,) bool
         Converged within 1 pixel of the guess, to a positive flux, on good pixels.
     """
-    image = np.ascontiguousarray(data, dtype=np.float64)
-    noise = np.ascontiguousarray(variance, dtype=np.float64)
-    good = np.isfinite(image) & (noise > 0)
-    if mask is not None:
-        good &= np.asarray(mask) == 0
+    image, noise = native(data), native(variance)
+    bad = as_bytes(mask, image.shape)
     xs, ys = (np.atleast_1d(np.asarray(a, dtype=np.float64)) for a in (x, y))
     fits = np.full((xs.size, 5), np.nan)
     fits[:, 4] = 0
     ny, nx = image.shape
     for n in np.flatnonzero((xs > 0) & (xs < nx - 1) & (ys > 0) & (ys < ny - 1)):
         stamp = np.ascontiguousarray(psf.at(float(xs[n]), float(ys[n])), dtype=np.float64)
-        _fit(image, noise, good, xs[n], ys[n], stamp, 1.5 * psf.fwhm, fits[n])
+        _fit(image, noise, bad, xs[n], ys[n], stamp, 1.5 * psf.fwhm, fits[n])
     ok = fits[:, 4] > 0
     fits[~ok] = np.nan
     return fits[:, 0], fits[:, 1], fits[:, 2:4], ok
@@ -173,7 +171,12 @@ def match_centres(
 
 
 @njit(cache=True)
-def _fit(image, noise, good, x0, y0, stamp, radius, result):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _is_good(image, noise, bad, j, i):  # type: ignore[no-untyped-def]  # pragma: no cover
+    return bad[j, i] == 0 and np.isfinite(image[j, i]) and noise[j, i] > 0
+
+
+@njit(cache=True)
+def _fit(image, noise, bad, x0, y0, stamp, radius, result):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Gauss-Newton for flux, x, y; writes x, y, their errors, and 1 where it converged."""
     ny, nx = image.shape
     size = stamp.shape[0]
@@ -191,7 +194,7 @@ def _fit(image, noise, good, x0, y0, stamp, radius, result):  # type: ignore[no-
                 for i in range(size):
                     jj, ii = row + j - half, column + i - half
                     near = (i - half - dx) ** 2 + (j - half - dy) ** 2 < radius * radius
-                    if near and 0 <= jj < ny and 0 <= ii < nx and good[jj, ii]:
+                    if near and 0 <= jj < ny and 0 <= ii < nx and _is_good(image, noise, bad, jj, ii):
                         cross += model[j, i] * image[jj, ii]
                         weight += model[j, i] ** 2
             if weight <= 0.5 * np.sum(stamp * stamp):
@@ -205,7 +208,7 @@ def _fit(image, noise, good, x0, y0, stamp, radius, result):  # type: ignore[no-
             for i in range(2, size - 2):
                 jj, ii = row + j - half, column + i - half
                 near = (i - half - dx) ** 2 + (j - half - dy) ** 2 < radius * radius
-                if near and 0 <= jj < ny and 0 <= ii < nx and good[jj, ii]:
+                if near and 0 <= jj < ny and 0 <= ii < nx and _is_good(image, noise, bad, jj, ii):
                     g[0] = model[j, i]
                     gx = 8 * (model[j, i + 1] - model[j, i - 1]) - (model[j, i + 2] - model[j, i - 2])
                     gy = 8 * (model[j + 1, i] - model[j - 1, i]) - (model[j + 2, i] - model[j - 2, i])

@@ -1,23 +1,24 @@
-"""Fluxes: of stars through the PSF and through circles, one image relative to another, and the noise they bring.
+"""Fluxes: of stars through the PSF and through circles, one image relative to another.
 
 Images are background-subtracted; positions are 0-based pixels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import sep
 from numba import njit
 from numpy.typing import NDArray
-from scipy import ndimage, optimize
+from scipy import optimize
 
+from batchproc.imaging.planes import as_bytes, native
 from batchproc.imaging.polynomial import Frame, Polynomial, fit_polynomial
 from batchproc.imaging.shift import taps, transform
 from batchproc.records import PsfLike
 
-__all__ = ["FluxRatio", "aperture_flux", "measure_flux_ratio", "psf_flux", "source_variance"]
+__all__ = ["FluxRatio", "KeptPsf", "aperture_flux", "measure_flux_ratio", "psf_flux"]
 
 _Array = NDArray[np.float64]
 
@@ -47,14 +48,42 @@ class FluxRatio:
     n_stars: int
     variation: Polynomial | None = None
 
+    @property
+    def varies(self) -> bool:
+        """Whether the ratio is another at other places."""
+        return self.variation is not None and self.variation.degree > 0
+
     def image(self, shape: tuple[int, int]) -> NDArray[np.float32]:
         """Ratio at every pixel over `value` (ny, nx): multiply the reference by it."""
-        out = np.ones(shape, dtype=np.float32)
-        if self.variation is not None and self.variation.degree > 0:
-            columns = np.arange(shape[1], dtype=np.float64)
-            for row in range(shape[0]):
-                out[row] += self.variation(columns, np.full(shape[1], float(row)))
-        return out
+        if not self.varies:
+            return np.ones(shape, dtype=np.float32)
+        image = self.variation.image(shape)  # type: ignore[union-attr]
+        image += np.float32(1)
+        return image
+
+
+@dataclass(frozen=True, eq=False)
+class KeptPsf:
+    """A PSF that keeps the stamps it has given: fits of positions and of fluxes ask for those of the same stars."""
+
+    psf: PsfLike
+    _stamps: dict[tuple[float, float], _Array] = field(default_factory=dict, repr=False)
+
+    @property
+    def size(self) -> int:
+        """Side of the (odd, square) stamp in pixels."""
+        return self.psf.size
+
+    @property
+    def fwhm(self) -> float:
+        """Full width at half maximum at the image centre, in pixels."""
+        return self.psf.fwhm
+
+    def at(self, x: float, y: float) -> _Array:
+        """PSF stamp ``(size, size)`` at pixel (x, y), not to be written to."""
+        if (x, y) not in self._stamps:
+            self._stamps[x, y] = self.psf.at(x, y)
+        return self._stamps[x, y]
 
 
 def psf_flux(
@@ -90,11 +119,8 @@ def psf_flux(
     ok : ndarray (n,) bool
         Centre inside the image and at least 80 % of the weight (Σ P²) on good pixels.
     """
-    image = np.ascontiguousarray(data, dtype=np.float64)
-    noise = np.ascontiguousarray(variance, dtype=np.float64)
-    good = np.isfinite(image) & np.isfinite(noise)
-    if mask is not None:
-        good &= np.asarray(mask) == 0
+    image, noise = native(data), native(variance)
+    bad = as_bytes(mask, image.shape)
     xs, ys = (np.atleast_1d(np.asarray(a, dtype=np.float64)) for a in (x, y))
     results = np.full((xs.size, 4), np.nan)
     results[:, 3] = 0
@@ -102,7 +128,7 @@ def psf_flux(
     inside = (xs > -0.5) & (xs < nx - 0.5) & (ys > -0.5) & (ys < ny - 0.5)
     for n in np.flatnonzero(inside):
         stamp = np.ascontiguousarray(psf.at(float(xs[n]), float(ys[n])), dtype=np.float64)
-        _fit_flux(image, noise, good, xs[n], ys[n], stamp, psf.fwhm, results[n])
+        _fit_flux(image, noise, bad, xs[n], ys[n], stamp, psf.fwhm, results[n])
     ok = results[:, 3] > 0.8
     results[~ok, :3] = np.nan
     return results[:, 0], results[:, 1], results[:, 2], ok
@@ -231,49 +257,6 @@ def _ratio(stars: _Pairs) -> tuple[FluxRatio, NDArray[np.bool_]]:
     return FluxRatio(beta, float(1 / np.sqrt(information)), scatter, int(np.count_nonzero(use))), use
 
 
-def source_variance(
-    data: NDArray[np.floating], sky_variance: NDArray[np.floating] | float, psf: PsfLike, gain: float = 1.0
-) -> NDArray[np.float32]:
-    """Variance of each pixel: the sky's, and the photon noise of the sources.
-
-    Parameters
-    ----------
-    data : ndarray (ny, nx)
-        Background-subtracted image; pixels that are not finite count as sky.
-    sky_variance : ndarray (ny, nx) or float
-        Variance of the sky, in the units of `data` squared.
-    psf : PsfLike
-        Sets the scale of smoothing.
-    gain : float
-        Electrons per unit of `data`.
-
-    Returns
-    -------
-    ndarray (ny, nx) float32
-        ``sky_variance + sources / gain``. On blank sky it is exactly the sky's: ``max(data, 0)`` would count the noise
-        twice there. Sources are where the image, smoothed like the PSF, stands 4 sigma out of its noise, and within
-        one FWHM of there; their light is the image smoothed by a third of the PSF, in a way that keeps the height of
-        peaks (``2 g − g ⊗ g``: the kernel's second moment is zero).
-    """
-    image = np.nan_to_num(np.asarray(data, dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0)
-    sky = np.broadcast_to(np.asarray(sky_variance, dtype=np.float32), image.shape)
-    sigma = psf.fwhm / 2.3548
-    smooth = ndimage.gaussian_filter(image, sigma, mode="constant", truncate=3.0)
-    score = smooth / np.sqrt(np.maximum(sky, np.finfo(np.float32).tiny))
-    # Noise of the smoothed image from itself, since neighbouring pixels may be correlated.
-    sample = score[:: max(1, score.shape[0] // 256), :: max(1, score.shape[1] // 256)]
-    width = 1.4826 * float(np.median(np.abs(sample - np.median(sample))))
-    expected = 1 / (2 * np.sqrt(np.pi) * max(sigma, 0.5))
-    found = score > 4 * max(width, expected)
-    reach = int(np.ceil(psf.fwhm))
-    found = ndimage.maximum_filter(found.view(np.uint8), size=2 * reach + 1).view(bool)
-    if not found.any():
-        return np.array(sky)
-    once = ndimage.gaussian_filter(image, 0.35 * sigma, mode="constant", truncate=3.0)
-    light = 2 * once - ndimage.gaussian_filter(once, 0.35 * sigma, mode="constant", truncate=3.0)
-    return np.where(found, sky + np.maximum(light, 0) / np.float32(gain), sky).astype(np.float32)  # type: ignore[no-any-return]
-
-
 def _first_ratio(stars: _Pairs) -> float:
     """Median ratio of the stars bright in both."""
     snr = np.minimum(stars.new / stars.error, stars.ref / stars.error_ref)
@@ -298,7 +281,7 @@ def _extra_scatter(residual: _Array, photon: _Array, flux: _Array) -> float:
 
 
 @njit(cache=True)
-def _fit_flux(image, noise, good, x, y, stamp, fwhm, result):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _fit_flux(image, noise, bad, x, y, stamp, fwhm, result):  # type: ignore[no-untyped-def]  # pragma: no cover
     """flux, error, reduced chi-square, covered fraction of the weight."""
     ny, nx = image.shape
     size = stamp.shape[0]
@@ -315,10 +298,12 @@ def _fit_flux(image, noise, good, x, y, stamp, fwhm, result):  # type: ignore[no
             p = model[j, i]
             whole += p * p
             jj, ii = row + j - half, column + i - half
-            if 0 <= jj < ny and 0 <= ii < nx and good[jj, ii]:
-                weight += p * p
-                cross += p * image[jj, ii]
-                spread += p * p * noise[jj, ii]
+            if 0 <= jj < ny and 0 <= ii < nx and bad[jj, ii] == 0:
+                value, variance = float(image[jj, ii]), float(noise[jj, ii])
+                if np.isfinite(value) and np.isfinite(variance):
+                    weight += p * p
+                    cross += p * value
+                    spread += p * p * variance
     result[3] = weight / whole if whole > 0 else 0.0
     if weight <= 0.0:
         return
@@ -329,10 +314,11 @@ def _fit_flux(image, noise, good, x, y, stamp, fwhm, result):  # type: ignore[no
         for i in range(size):
             jj, ii = row + j - half, column + i - half
             near = (i - half - dx) ** 2 + (j - half - dy) ** 2 <= fwhm * fwhm
-            if near and 0 <= jj < ny and 0 <= ii < nx and good[jj, ii] and noise[jj, ii] > 0:
-                r = image[jj, ii] - flux * model[j, i]
-                chi2 += r * r / noise[jj, ii]
-                count += 1
+            if near and 0 <= jj < ny and 0 <= ii < nx and bad[jj, ii] == 0:
+                r, variance = image[jj, ii] - flux * model[j, i], float(noise[jj, ii])
+                if np.isfinite(r) and 0.0 < variance < np.inf:
+                    chi2 += r * r / variance
+                    count += 1
     result[0] = flux
     result[1] = np.sqrt(spread) / weight
     result[2] = chi2 / max(count - 1, 1)

@@ -60,6 +60,18 @@ class Polynomial:
         """Values (n,) at pixels (x, y)."""
         return self.frame.terms(x, y, self.degree) @ self.coefficients  # type: ignore[no-any-return]
 
+    def image(self, shape: tuple[int, int]) -> NDArray[np.float32]:
+        """Values at every pixel, (ny, nx)."""
+        ny, nx = shape
+        # One degree at a time along x: Σ_i u^i Σ_j c_ij v^j is a product of two slim matrices.
+        v = self.frame.terms(self.frame.x0, np.arange(ny, dtype=np.float64), self.degree)  # (ny, n_terms), u = 0 there
+        u = self.frame.terms(np.arange(nx, dtype=np.float64), self.frame.y0, self.degree)
+        powers = [(i, j) for j in range(self.degree + 1) for i in range(self.degree + 1 - j)]
+        along_y = np.zeros((ny, self.degree + 1))
+        for (i, j), c in zip(powers, self.coefficients, strict=True):
+            along_y[:, i] += c * v[:, powers.index((0, j))]
+        return (along_y.astype(np.float32) @ u[:, : self.degree + 1].T.astype(np.float32)).astype(np.float32)
+
 
 def fit_polynomial(
     frame: Frame,

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchproc.imaging.centres import fit_positions, match_centres
-from batchproc.imaging.photometry import aperture_flux, measure_flux_ratio, psf_flux, source_variance
+from batchproc.imaging.photometry import aperture_flux, measure_flux_ratio, psf_flux
 from batchproc.imaging.psf import PsfModel, fit_psf
+from batchproc.imaging.variance import source_variance
 
 from ._starfield import lopsided, moffat, stamp, star_field
 
