@@ -26,10 +26,13 @@ from numpy.typing import NDArray
 
 from batchproc.errors import ReadError
 
-__all__ = ["FitsFile", "Hdu", "first_line", "open_fits", "quiet", "split_hdu"]
+__all__ = ["FitsFile", "Hdu", "Section", "first_line", "open_fits", "quiet", "split_hdu"]
 
 #: One image is one task; 2^30 pixels (32768²) are 4 GiB in float32. More than this is a corrupt header or not a CCD.
 MAX_PIXELS = 2**30
+
+#: Rows and columns of an image, each with its beginning and end.
+Section = tuple[slice, slice]
 
 _BRACKET = re.compile(r"^(?P<path>.+)\[(?P<hdu>[^\[\]]*)\]$")
 
@@ -177,8 +180,14 @@ class FitsFile:
                 words += f", then {rest} bytes that are no whole header (a truncated file?)"
         return words
 
-    def pixels(self, hdu: Hdu) -> NDArray[Any]:
+    def pixels(self, hdu: Hdu, section: Section | None = None) -> NDArray[Any]:
         """The pixels of an image HDU, scaled (BSCALE, BZERO; BLANK becomes NaN), in native byte order.
+
+        Parameters
+        ----------
+        hdu : Hdu
+        section : (slice, slice), optional
+            Rows and columns; no others are read (of a compressed image, no other tiles are unpacked).
 
         Returns
         -------
@@ -188,13 +197,16 @@ class FitsFile:
         self.require_image(hdu)
         try:
             with quiet():
-                data = self._list[hdu.index].data
+                raw = self._list[hdu.index]
+                data = raw.data if section is None else raw.section[(0,) * (len(raw.shape) - 2) + section]
         except MemoryError:
             raise
         except Exception as error:
             found = f"pixels that cannot be decoded ({first_line(error)})"
             raise self.error(found, "a complete image", hdu=hdu.index) from error
-        data = np.asarray(data).reshape(hdu.shape)
+        data = np.asarray(data)
+        if section is None:
+            data = data.reshape(hdu.shape)
         return data.astype(data.dtype.newbyteorder("="), copy=False)
 
     def table(self, hdu: Hdu) -> Any:
