@@ -71,7 +71,7 @@ def as_entry(arguments: dict[str, Any]) -> ManifestEntry:
 
 def _write(new: Path, mask: Path, ref: Path, shape: tuple[int, int], seed: int) -> None:
     rng = np.random.default_rng([seed, 3])
-    wcs, wcs_ref = _wcs(shape, (7.3, -4.6), 0.05, rng), _wcs(shape, (0.0, 0.0), 0.0, rng)
+    wcs, wcs_ref = _distorted_wcs(shape, (7.3, -4.6), 0.05, rng), _distorted_wcs(shape, (0.0, 0.0), 0.0, rng)
 
     def to_ref(x: Any, y: Any) -> Any:
         return wcs_ref.all_world2pix(*wcs.all_pix2world(x, y, 0), 0)
@@ -98,14 +98,24 @@ def _compress(path: Path, data: np.ndarray, header: fits.Header) -> None:
     fits.HDUList([fits.PrimaryHDU(), fits.CompImageHDU(data, header, **how)]).writeto(path, overwrite=True)
 
 
-def _wcs(shape: tuple[int, int], dither: tuple[float, float], rotation: float, rng: np.random.Generator) -> WCS:
-    """TAN-SIP: north up, east left, distorted by a pixel and a half at the edge."""
+def tan_wcs(shape: tuple[int, int], dither: tuple[float, float], rotation: float) -> WCS:
+    """A tangent plane: north up, east left, turned by so many degrees."""
     wcs = WCS(naxis=2)
-    wcs.wcs.ctype = ["RA---TAN-SIP", "DEC--TAN-SIP"]
+    wcs.wcs.ctype = ["RA---TAN", "DEC--TAN"]
     wcs.wcs.crval = (150.0, 2.2)
     wcs.wcs.crpix = np.array([shape[1], shape[0]]) / 2 + 0.5 + np.array(dither)
     cos, sin = np.cos(np.radians(rotation)), np.sin(np.radians(rotation))
     wcs.wcs.cd = np.array([[-cos, sin], [sin, cos]]) * SCALE_ARCSEC / 3600
+    wcs.wcs.set()
+    return wcs
+
+
+def _distorted_wcs(
+    shape: tuple[int, int], dither: tuple[float, float], rotation: float, rng: np.random.Generator
+) -> WCS:
+    """The same with SIP terms: a distortion of a pixel and a half at the edge."""
+    wcs = tan_wcs(shape, dither, rotation)
+    wcs.wcs.ctype = ["RA---TAN-SIP", "DEC--TAN-SIP"]
     a, b = np.zeros((2, 3, 3))
     for coefficients in (a, b):
         for power in ((2, 0), (1, 1), (0, 2)):
