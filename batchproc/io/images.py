@@ -18,9 +18,17 @@ from numpy.typing import NDArray
 from batchproc.errors import ExposureError, RawFrameError, ReadError
 from batchproc.imaging.psf_model import PsfModel
 from batchproc.io.companions import companion_names
-from batchproc.io.fitsfile import FitsFile, Hdu, open_fits, split_hdu
+from batchproc.io.fitsfile import FitsFile, Hdu, Section, open_fits, split_hdu
 from batchproc.io.headers import Calibration, calibrate, measured_time, number, raw_reason, text
-from batchproc.io.planes import NONSENSE, blank_areas, decode_mask, decode_variance, mask_rule
+from batchproc.io.planes import (
+    BLANK_SIDE,
+    blank_areas,
+    decode_mask,
+    decode_variance,
+    finish_pixels,
+    flag_pixels,
+    mask_rule,
+)
 from batchproc.io.profiles import Profile, list_profiles, load_profile
 from batchproc.io.wcs import celestial_wcs, pixel_scale_arcsec
 from batchproc.records import Exposure, ManifestEntry, MaskBit, PsfLike
@@ -145,6 +153,7 @@ def read_image(
     otherwise: ProfileSource = None,
     given: Mapping[str, Any] | None = None,
     fallback: Mapping[str, Any] | None = None,
+    section: Section | None = None,
 ) -> Exposure:
     """Read one image with its planes.
 
@@ -162,35 +171,34 @@ def read_image(
         Values that go before those of the header: see `OVERRIDES`.
     fallback : mapping, optional
         ``gain``, ``read_noise``, ``saturation`` where the header gives none.
+    section : (slice, slice), optional
+        Only these rows and columns, within the image; one without any good pixel is no error.
 
     Returns
     -------
     Exposure
+        Its WCS is that of the section.
     """
     location, hdu = split_hdu(path)
     with open_fits(location) as file:
         info = _inspect(file, hdu, profile, otherwise)
-        pixels = file.pixels(info.hdu)
-        mask_plane = _own_plane(file, info, "mask") if mask is None else None
-        variance_plane = _own_plane(file, info, "variance") if variance is None else None
+        pixels = file.pixels(info.hdu, section)
+        mask_plane = _own_plane(file, info, "mask", section) if mask is None else None
+        variance_plane = _own_plane(file, info, "variance", section) if variance is None else None
     if mask is not None:
-        mask_plane = _separate_plane(mask, info, "mask")
+        mask_plane = _separate_plane(mask, info, "mask", section)
     if variance is not None:
-        variance_plane = _separate_plane(variance, info, "variance")
+        variance_plane = _separate_plane(variance, info, "variance", section)
 
     calibration = _override(info, given or {}, fallback or {}, has_variance=variance_plane is not None)
-    bits = np.zeros(info.shape, np.uint8)
-    if mask_plane is not None:
+    if mask_plane is None:
+        bits = np.zeros(info.shape, np.uint8)
+    else:
         cards = info.cards | mask_plane.cards
-        bits |= decode_mask(mask_plane.pixels, mask_rule(info.profile.mask, cards), cards)
-    data, notes = _clean(pixels, bits, info)
-    del pixels
-    for (x0, x1, y0, y1), level in calibration.saturation_sections:
-        bits[y0:y1, x0:x1][data[y0:y1, x0:x1] >= level] |= np.uint8(MaskBit.SATURATED)
-    if not calibration.saturation_sections and math.isfinite(calibration.saturation):
-        bits[data >= calibration.saturation] |= np.uint8(MaskBit.SATURATED)
+        bits = decode_mask(mask_plane.pixels, mask_rule(info.profile.mask, cards), cards)
     gain = calibration.electrons_per_unit
-    data *= np.float32(gain)
+    data, notes = _clean(pixels, bits, info, calibration)
+    del pixels
     total_variance = None
     if variance_plane is not None:
         total_variance, bad = decode_variance(variance_plane.pixels, variance_plane.meaning, gain)
@@ -204,7 +212,7 @@ def read_image(
         read_noise=calibration.read_noise,
         saturation=calibration.saturation * gain,
         zero_point=calibration.zero_point,
-        wcs=info.wcs,
+        wcs=info.wcs if info.wcs is None or section is None else info.wcs.slice(section),
         meta=_meta(info, calibration, given or {}, variance_plane=variance_plane, notes=notes),
     )
 
@@ -350,7 +358,7 @@ class _Plane:
     has_sources: bool
 
 
-def _own_plane(file: FitsFile, info: ImageInfo, kind: str) -> _Plane | None:
+def _own_plane(file: FitsFile, info: ImageInfo, kind: str, section: Section | None) -> _Plane | None:
     """The plane that sits beside the image: of the same EXTVER, or the next one after it."""
     names = _plane_names(info.profile, kind)
     found = [hdu for hdu in file if hdu.is_image_2d and hdu.name in names and hdu.index != info.hdu.index]
@@ -359,15 +367,15 @@ def _own_plane(file: FitsFile, info: ImageInfo, kind: str) -> _Plane | None:
         # Of several kinds (VARIANCE and WEIGHT) the first in the profile's order; of one kind the next in the file.
         order = {name: number for number, name in enumerate(names)}
         found = sorted(same_version or found, key=lambda hdu: (order[hdu.name], hdu.index < info.hdu.index, hdu.index))
-    return _load_plane(file, found[0], info, kind) if found else None
+    return _load_plane(file, found[0], info, kind, section) if found else None
 
 
-def _separate_plane(spec: str, info: ImageInfo, kind: str) -> _Plane:
+def _separate_plane(spec: str, info: ImageInfo, kind: str, section: Section | None) -> _Plane:
     """A plane from another file: the HDU named, or the only one, or the one whose EXTNAME or number fits."""
     location, wanted = split_hdu(spec)
     with open_fits(location) as file:
         if wanted is not None:
-            return _load_plane(file, file.find(wanted), info, kind)
+            return _load_plane(file, file.find(wanted), info, kind, section)
         images = [hdu for hdu in file if hdu.is_image_2d]
         names = _plane_names(info.profile, kind)
         for choice in (
@@ -377,7 +385,7 @@ def _separate_plane(spec: str, info: ImageInfo, kind: str) -> _Plane:
             [hdu for hdu in images if hdu.index == info.hdu.index],
         ):
             if len(choice) == 1:
-                return _load_plane(file, choice[0], info, kind)
+                return _load_plane(file, choice[0], info, kind, section)
         raise file.error(f"HDUs {file.contents()}", f"one {kind} plane", do=f"Name its HDU, as in {spec}[1].")
 
 
@@ -386,7 +394,7 @@ def _plane_names(profile: Profile, kind: str) -> list[str]:
     return extensions.mask if kind == "mask" else [*extensions.variance, *extensions.weight, *extensions.sigma]
 
 
-def _load_plane(file: FitsFile, hdu: Hdu, info: ImageInfo, kind: str) -> _Plane:
+def _load_plane(file: FitsFile, hdu: Hdu, info: ImageInfo, kind: str, section: Section | None) -> _Plane:
     file.require_image(hdu)
     if hdu.shape != info.hdu.shape:
         found, expected = (f"{shape[1]} x {shape[0]} pixels" for shape in (hdu.shape, info.hdu.shape))
@@ -402,7 +410,7 @@ def _load_plane(file: FitsFile, hdu: Hdu, info: ImageInfo, kind: str) -> _Plane:
             meaning, has_sources = name, False
     for name, names in (("variance", extensions.variance), ("weight", extensions.weight), ("sigma", extensions.sigma)):
         meaning = name if hdu.name in names else meaning
-    return _Plane(file.pixels(hdu), hdu.cards, meaning, has_sources)
+    return _Plane(file.pixels(hdu, section), hdu.cards, meaning, has_sources)
 
 
 # ---- numbers
@@ -460,27 +468,29 @@ def unknown_unit(info: ImageInfo) -> ReadError:
     )
 
 
-def _clean(pixels: NDArray[Any], bits: NDArray[np.uint8], info: ImageInfo) -> tuple[NDArray[np.float32], list[str]]:
-    """Pixels as float32 in file units, and remarks.
+def _clean(
+    pixels: NDArray[Any], bits: NDArray[np.uint8], info: ImageInfo, calibration: Calibration
+) -> tuple[NDArray[np.float32], list[str]]:
+    """Pixels as float32 in electrons, and remarks; pixels that are float32 already are overwritten.
 
     What is no number, and what lies in an area filled with exact zeros, becomes NO_DATA in `bits` and holds the median
-    instead.
+    instead; what is saturated becomes SATURATED.
     """
     with np.errstate(all="ignore"):
-        data = np.array(pixels, dtype=np.float32)
-        bad = ~(np.abs(data) < NONSENSE)
-    bits[bad] |= np.uint8(MaskBit.NO_DATA)
-    blank, notes = blank_areas(data), []
+        data = np.require(pixels, np.float32, ["C", "W"])
+    n_bad, n_zeros, lowest, highest = flag_pixels(data, bits)
+    blank = blank_areas(data) if n_zeros >= BLANK_SIDE**2 else None
+    notes = []
     if blank is not None and not blank.all():
         found_now = np.count_nonzero(blank & ((bits & MaskBit.NO_DATA) == 0))
         if found_now:
             notes = [f"{found_now} pixels in areas of exact zeros were taken for pixels without data"]
         bits[blank] |= np.uint8(MaskBit.NO_DATA)
-        bad |= blank
-    empty = (bits & MaskBit.NO_DATA) != 0
-    good = data[~empty] if empty.any() else data
-    if good.size == 0 or good.min() == good.max():
-        found = f"no finite pixel{' but zeros' * bool(notes)}" if good.size == 0 else f"{good.min():g} in every pixel"
+        data[blank] = np.nan
+        n_bad, _, lowest, highest = flag_pixels(data, bits)
+    if not lowest < highest:
+        n_good = bits.size - np.count_nonzero(bits & MaskBit.NO_DATA)
+        found = f"no finite pixel{' but zeros' * bool(notes)}" if n_good == 0 else f"{lowest:g} in every pixel"
         raise ReadError(
             f"{info.path}[{info.hdu.index}]: {found}; expected an image of the sky. Look at the file: make it again, "
             f"or take its row out of the manifest.",
@@ -489,8 +499,14 @@ def _clean(pixels: NDArray[Any], bits: NDArray[np.uint8], info: ImageInfo) -> tu
             found=found,
             expected="an image of the sky",
         )
-    if bad.any():
-        data[bad] = np.median(good.ravel()[:: max(1, good.size // 100_000)])
+    fill = np.float32(0)
+    if n_bad:
+        good = data[(bits & MaskBit.NO_DATA) == 0]
+        fill = np.float32(np.median(good[:: max(1, good.size // 100_000)]))
+    for (x0, x1, y0, y1), level in calibration.saturation_sections:
+        bits[y0:y1, x0:x1][data[y0:y1, x0:x1] >= level] |= np.uint8(MaskBit.SATURATED)
+    saturation = np.inf if calibration.saturation_sections else calibration.saturation
+    finish_pixels(data, bits, fill, np.float32(saturation), np.float32(calibration.electrons_per_unit))
     return data, notes
 
 

@@ -6,13 +6,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from batchproc.io.profiles import MaskRule, holds
 from batchproc.records import MaskBit
 
-__all__ = ["blank_areas", "decode_mask", "decode_variance", "mask_rule"]
+__all__ = [
+    "BLANK_SIDE",
+    "blank_areas",
+    "decode_mask",
+    "decode_variance",
+    "finish_pixels",
+    "flag_pixels",
+    "mask_rule",
+]
 
 #: Larger values than this are some program's way to say "nothing here".
 NONSENSE = 1e30
@@ -67,14 +76,13 @@ def decode_mask(plane: NDArray[Any], rule: MaskRule, cards: Mapping[str, Any]) -
     ndarray (ny, nx) uint8
         Bits of `MaskBit`.
     """
+    if rule.kind == "nonzero":
+        return (plane != 0).view(np.uint8) * np.uint8(MaskBit.BAD)  # NaN is not zero
     out = np.zeros(plane.shape, np.uint8)
     if not np.issubdtype(plane.dtype, np.integer):
         broken = ~(np.abs(plane) < 2**62)
         out[broken] |= np.uint8(MaskBit.BAD)
         plane = np.where(broken, 0, plane).astype(np.int64)
-    if rule.kind == "nonzero":
-        out[plane != 0] |= np.uint8(MaskBit.BAD)
-        return out
     for bit, listed in (
         (MaskBit.BAD, rule.bad),
         (MaskBit.SATURATED, rule.saturated),
@@ -127,3 +135,45 @@ def decode_variance(
     if bad.any():
         values[bad] = np.median(values[~bad])
     return values.astype(np.float32), bad
+
+
+@njit(cache=True, nogil=True)
+def flag_pixels(data, bits):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Mark what is no number (or as large as `NONSENSE`) as NO_DATA in `bits`.
+
+    Returns
+    -------
+    n_bad, n_zeros : int
+        Pixels marked; pixels that are exactly zero.
+    lowest, highest : float
+        Of the pixels that are not NO_DATA; inf and −inf where there are none.
+    """
+    n_bad = n_zeros = 0
+    lowest, highest = np.float32(np.inf), np.float32(-np.inf)
+    limit = np.float32(NONSENSE)
+    empty = np.uint8(4)  # MaskBit.NO_DATA
+    for y in range(data.shape[0]):
+        row, row_bits = data[y], bits[y]
+        for x in range(row.size):
+            v = row[x]
+            bad = not abs(v) < limit
+            row_bits[x] |= empty if bad else np.uint8(0)
+            n_bad += bad
+            n_zeros += v == 0
+            known = (row_bits[x] & empty) == 0
+            lowest = v if known and v < lowest else lowest
+            highest = v if known and v > highest else highest
+    return n_bad, n_zeros, lowest, highest
+
+
+@njit(cache=True, nogil=True)
+def finish_pixels(data, bits, fill, saturation, gain):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """In place: `fill` for what is no number; SATURATED in `bits` from `saturation` on; then times `gain`."""
+    limit = np.float32(NONSENSE)
+    saturated = np.uint8(2)  # MaskBit.SATURATED
+    for y in range(data.shape[0]):
+        row, row_bits = data[y], bits[y]
+        for x in range(row.size):
+            v = row[x] if abs(row[x]) < limit else fill
+            row_bits[x] |= saturated if v >= saturation else np.uint8(0)
+            row[x] = v * gain
