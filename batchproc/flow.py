@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import binary_dilation, center_of_mass, label
 
 from batchproc.config import Config
 from batchproc.errors import ExposureError, PsfError, SubtractError
@@ -27,7 +26,8 @@ from batchproc.imaging.cutouts import cut, round_to_noise
 from batchproc.imaging.detect import Candidates, detect
 from batchproc.imaging.photometry import FluxRatio, KeptPsf, measure_flux_ratio, psf_flux
 from batchproc.imaging.psf import fit_psf
-from batchproc.imaging.sources import BrightStars, bright_stars, find_sources
+from batchproc.imaging.saturation import grow_saturated, saturated_stars
+from batchproc.imaging.sources import bright_stars, find_sources
 from batchproc.imaging.stars import Stars, find_stars
 from batchproc.imaging.subtract import MapTiles, subtract
 from batchproc.imaging.variance import source_variance
@@ -239,27 +239,6 @@ class Clock:
         )
 
 
-def grow_saturated(mask: NDArray[np.uint8], fwhm: float) -> NDArray[np.uint8]:
-    """The mask with saturated pixels widened by half a FWHM: charge has spilled over there, and no PSF describes it."""
-    saturated = (mask & MaskBit.SATURATED) != 0
-    if not saturated.any():
-        return mask
-    radius = max(1, round(fwhm / 2))
-    y, x = np.ogrid[-radius : radius + 1, -radius : radius + 1]
-    grown = binary_dilation(saturated, structure=x**2 + y**2 <= radius**2)
-    return mask | np.where(grown, np.uint8(MaskBit.SATURATED), np.uint8(0))
-
-
-def saturated_stars(mask: NDArray[np.uint8], fwhm: float) -> BrightStars:
-    """Saturated stars, and how far their residuals reach: two FWHM beyond three radii of what is saturated."""
-    blobs, n = label((mask & MaskBit.SATURATED) != 0)
-    if n == 0:
-        return BrightStars(np.zeros(0), np.zeros(0), np.zeros(0))
-    y, x = np.array(center_of_mass(blobs > 0, blobs, np.arange(1, n + 1))).T
-    radius = np.sqrt(np.bincount(blobs.ravel())[1:] / np.pi)
-    return BrightStars(x, y, 3 * radius + 2 * fwhm)
-
-
 def _psf_of(
     exposure: Exposure, data: NDArray, sky: Background, config: Config, which: str, stars: Stars | None = None
 ) -> tuple[PsfLike, dict[str, Any]]:
@@ -342,25 +321,31 @@ def _stamps(
     """Triplets in the file units of new, rounded to a fraction of each image's noise."""
     stamps = cut(
         image,
-        reference * np.float32(ratio),
-        difference_flux(difference),
+        reference,
+        difference.difference,
         found["x"],
         found["y"],
         config.cutouts.size,
-        no_data=(difference.mask & MaskBit.NO_DATA) != 0,
+        no_data=difference.mask & np.uint8(MaskBit.NO_DATA),
     )
+    stamps[:, 1] *= np.float32(ratio)
+    stamps[:, 2] /= zero_points(difference, found["x"], found["y"], config.cutouts.size)
     stamps /= np.float32(new.gain)
     sigma = np.column_stack([found["sigma_new"], found["sigma_ref"] * ratio, 1 / found.f_d]) / new.gain
     return round_to_noise(stamps, sigma, config.cutouts.noise_fraction)
 
 
-def difference_flux(difference: Difference) -> NDArray[np.float32]:
-    """D / F_D: the difference image in the units of new (electrons), continuous across tiles."""
-    image = np.empty(difference.difference.shape, np.float32)
+def zero_points(difference: Difference, x: NDArray, y: NDArray, size: int) -> NDArray[np.float32]:
+    """F_D of every pixel of stamps, (n, size, size): D / F_D is in the units of new, and continuous across tiles."""
+    offsets = np.arange(size) - size // 2
+    columns, rows = (np.rint(place).astype(np.int64)[:, None] + offsets for place in (x, y))  # (n, size)
+    f_d = np.ones((len(columns), size, size), np.float32)
     for k in difference.kernels:
-        own = np.s_[k.y0 : k.y1, k.x0 : k.x1]
-        image[own] = difference.difference[own] / k.f_d
-    return image
+        inside_x, inside_y = (columns >= k.x0) & (columns < k.x1), (rows >= k.y0) & (rows < k.y1)
+        here = np.flatnonzero(inside_x.any(axis=1) & inside_y.any(axis=1))
+        own = inside_y[here][:, :, None] & inside_x[here][:, None, :]
+        f_d[here] = np.where(own, np.float32(k.f_d), f_d[here])
+    return f_d
 
 
 def _catalogue(

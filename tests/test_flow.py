@@ -10,7 +10,8 @@ from astropy.wcs import WCS
 from batchproc import simulate
 from batchproc.config import Config
 from batchproc.errors import AlignError, ReadError, SubtractError
-from batchproc.flow import _require_sane_noise, candidate_id, grow_saturated, process_image, saturated_stars
+from batchproc.flow import _require_sane_noise, candidate_id, process_image
+from batchproc.imaging.saturation import grow_saturated, saturated_stars
 from batchproc.records import CATALOGUE, ManifestEntry, MaskBit
 from tests.benchmarks.promises import match
 

@@ -52,7 +52,7 @@ def cut(
     y: ArrayLike,
     size: int,
     *,
-    no_data: NDArray[np.bool_] | None = None,
+    no_data: NDArray[np.bool_] | NDArray[np.uint8] | None = None,
 ) -> NDArray[np.float32]:
     """Triplets of stamps, centred on the pixel nearest to each position (halves go to the even one).
 
@@ -64,8 +64,8 @@ def cut(
         Positions in pixels, 0-based, finite.
     size : int
         Side of a stamp in pixels, odd.
-    no_data : ndarray (ny, nx) of bool, optional
-        True where the planes hold nothing.
+    no_data : ndarray (ny, nx) of bool or uint8, optional
+        True, or not 0, where the planes hold nothing.
 
     Returns
     -------
@@ -88,7 +88,7 @@ def cut(
     for channel, plane in enumerate(planes):
         stamps[:, channel] = windows(plane.astype(np.float32, copy=False), column, row, size // 2, np.nan)
     if no_data is not None:
-        empty = windows(no_data, column, row, size // 2, True)
+        empty = windows(no_data, column, row, size // 2, True) != 0
         stamps[np.broadcast_to(empty[:, None], stamps.shape)] = np.nan
     return stamps
 
