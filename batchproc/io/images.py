@@ -192,12 +192,12 @@ def read_image(
 
     calibration = _override(info, given or {}, fallback or {}, has_variance=variance_plane is not None)
     if mask_plane is None:
-        bits = np.zeros(info.shape, np.uint8)
+        bits = np.zeros(pixels.shape, np.uint8)
     else:
         cards = info.cards | mask_plane.cards
         bits = decode_mask(mask_plane.pixels, mask_rule(info.profile.mask, cards), cards)
     gain = calibration.electrons_per_unit
-    data, notes = _clean(pixels, bits, info, calibration)
+    data, notes = _clean(pixels, bits, info, calibration, section)
     del pixels
     total_variance = None
     if variance_plane is not None:
@@ -469,26 +469,26 @@ def unknown_unit(info: ImageInfo) -> ReadError:
 
 
 def _clean(
-    pixels: NDArray[Any], bits: NDArray[np.uint8], info: ImageInfo, calibration: Calibration
+    pixels: NDArray[Any], bits: NDArray[np.uint8], info: ImageInfo, calibration: Calibration, section: Section | None
 ) -> tuple[NDArray[np.float32], list[str]]:
     """Pixels as float32 in electrons, and remarks; pixels that are float32 already are overwritten.
 
     What is no number, and what lies in an area filled with exact zeros, becomes NO_DATA in `bits` and holds the median
-    instead; what is saturated becomes SATURATED.
+    instead; what is saturated becomes SATURATED. A whole image without any pixel of the sky is refused.
     """
     with np.errstate(all="ignore"):
         data = np.require(pixels, np.float32, ["C", "W"])
     n_bad, n_zeros, lowest, highest = flag_pixels(data, bits)
     blank = blank_areas(data) if n_zeros >= BLANK_SIDE**2 else None
     notes = []
-    if blank is not None and not blank.all():
+    if blank is not None and (section is not None or not blank.all()):
         found_now = np.count_nonzero(blank & ((bits & MaskBit.NO_DATA) == 0))
         if found_now:
             notes = [f"{found_now} pixels in areas of exact zeros were taken for pixels without data"]
         bits[blank] |= np.uint8(MaskBit.NO_DATA)
         data[blank] = np.nan
         n_bad, _, lowest, highest = flag_pixels(data, bits)
-    if not lowest < highest:
+    if section is None and not lowest < highest:
         n_good = bits.size - np.count_nonzero(bits & MaskBit.NO_DATA)
         found = f"no finite pixel{' but zeros' * bool(notes)}" if n_good == 0 else f"{lowest:g} in every pixel"
         raise ReadError(
@@ -500,10 +500,12 @@ def _clean(
             expected="an image of the sky",
         )
     fill = np.float32(0)
-    if n_bad:
+    if n_bad and lowest <= highest:
         good = data[(bits & MaskBit.NO_DATA) == 0]
         fill = np.float32(np.median(good[:: max(1, good.size // 100_000)]))
+    top, left = (0, 0) if section is None else (section[0].start, section[1].start)
     for (x0, x1, y0, y1), level in calibration.saturation_sections:
+        x0, x1, y0, y1 = max(x0 - left, 0), max(x1 - left, 0), max(y0 - top, 0), max(y1 - top, 0)
         bits[y0:y1, x0:x1][data[y0:y1, x0:x1] >= level] |= np.uint8(MaskBit.SATURATED)
     saturation = np.inf if calibration.saturation_sections else calibration.saturation
     finish_pixels(data, bits, fill, np.float32(saturation), np.float32(calibration.electrons_per_unit))

@@ -698,3 +698,39 @@ def test_real_decam_epochs(name: str, gain: float) -> None:
     header_sky = {"DEC-OBS04a": 4124.167, "DEC-OBS18c": 9600.578}[name] * gain
     noise = 1.4826 * np.median(np.abs(image.data - np.median(image.data)))
     assert noise == pytest.approx(np.sqrt(header_sky + image.read_noise**2), rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["a.fits", "a.fits.gz", "a.fits.fz"])
+def test_a_section_is_that_part_of_the_image(tmp_path: Path, name: str) -> None:
+    """Pixels, mask and sky positions; a section without data is one, where a whole image would be refused."""
+    data = sky(shape=(130, 160))
+    data[3, 4], data[:, 100:] = 60000, 0
+    area = np.s_[2:60, 1:50]
+    path = write(tmp_path / name, data.astype(np.int32))
+    whole, part = read_image(path), read_image(path, section=area)
+    np.testing.assert_array_equal(part.data, whole.data[area])
+    np.testing.assert_array_equal(part.mask, whole.mask[area])
+    assert part.mask[1, 3] == MaskBit.SATURATED
+    assert part.wcs.pixel_to_world_values(0, 0) == pytest.approx(whole.wcs.pixel_to_world_values(1, 2), abs=1e-9)
+    empty = read_image(path, section=np.s_[0:130, 101:160])
+    assert (empty.mask == MaskBit.NO_DATA).all()
+    assert not empty.data.any()
+
+
+def test_saturation_of_an_amplifier_holds_in_a_section(tmp_path: Path) -> None:
+    """Levels that the profile gives for areas of the detector go with the pixels, not with the section's corner."""
+    from batchproc.io import images
+
+    calls = []
+    path = write(tmp_path / "a.fits")
+
+    def halves(info, *_, **__):
+        calls.append(1)
+        return images.replace(info.calibration, saturation_sections=[((0, 25, 0, 40), 0.0), ((25, 50, 0, 40), 1e9)])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "_override", halves)
+        whole, part = read_image(path), read_image(path, section=np.s_[10:30, 20:40])
+    assert len(calls) == 2
+    np.testing.assert_array_equal(part.mask, whole.mask[10:30, 20:40])
+    assert 0 < np.count_nonzero(part.mask) < part.mask.size
