@@ -293,48 +293,51 @@ def score_frame(  # type: ignore[no-untyped-def]  # numba
     out : Planes
         Written: as many pixels as they have.
     """
+    # One small loop for each quantity: with more arrays than that in a loop, nothing would be vectorised.
     d, s_n, s_r, v = frame
-    difference, score, variance, total, score_ref, gradient2 = out
-    ny, nx = difference.shape
-    c1, c2, c3, c4 = np.float32(4 / 5), np.float32(-1 / 5), np.float32(4 / 105), np.float32(-1 / 280)
+    ny, nx = out.difference.shape
+    columns = slice(x0, x0 + nx)
+    g_x, g_y = np.empty(nx, np.float32), np.empty(nx, np.float32)
     least = np.float32(LEAST_VARIANCE)
     for i in range(ny):
         y = y0 + i
+        g_x[:], g_y[:] = 0, 0
+        _add_slopes2(s_n, y, x0, g_x, g_y)
+        _add_slopes2(s_r, y, x0, g_x, g_y)
+        out.difference[i] = d[y, columns]
+        out.score_ref[i] = s_r[y, columns]
+        moving, static, noise = s_n[y, columns], s_r[y, columns], v[y, columns]
+        score, variance, total, gradient2 = out.score[i], out.variance[i], out.total[i], out.gradient2[i]
         for j in range(nx):
-            x = x0 + j
-            n_x = (
-                c1 * (s_n[y, x + 1] - s_n[y, x - 1])
-                + c2 * (s_n[y, x + 2] - s_n[y, x - 2])
-                + c3 * (s_n[y, x + 3] - s_n[y, x - 3])
-                + c4 * (s_n[y, x + 4] - s_n[y, x - 4])
-            )
-            r_x = (
-                c1 * (s_r[y, x + 1] - s_r[y, x - 1])
-                + c2 * (s_r[y, x + 2] - s_r[y, x - 2])
-                + c3 * (s_r[y, x + 3] - s_r[y, x - 3])
-                + c4 * (s_r[y, x + 4] - s_r[y, x - 4])
-            )
-            n_y = (
-                c1 * (s_n[y + 1, x] - s_n[y - 1, x])
-                + c2 * (s_n[y + 2, x] - s_n[y - 2, x])
-                + c3 * (s_n[y + 3, x] - s_n[y - 3, x])
-                + c4 * (s_n[y + 4, x] - s_n[y - 4, x])
-            )
-            r_y = (
-                c1 * (s_r[y + 1, x] - s_r[y - 1, x])
-                + c2 * (s_r[y + 2, x] - s_r[y - 2, x])
-                + c3 * (s_r[y + 3, x] - s_r[y - 3, x])
-                + c4 * (s_r[y + 4, x] - s_r[y - 4, x])
-            )
-            g_x, g_y = n_x * n_x + r_x * r_x, n_y * n_y + r_y * r_y
-            static = s_r[y, x]
-            noise = max(v[y, x], least)
-            difference[i, j] = d[y, x]
-            score[i, j] = s_n[y, x] - static
-            variance[i, j] = noise
-            total[i, j] = noise + sigma2_x * g_x + sigma2_y * g_y + sigma2_beta * static * static
-            score_ref[i, j] = static
-            gradient2[i, j] = g_x + g_y
+            score[j] = moving[j] - static[j]
+        for j in range(nx):
+            variance[j] = max(noise[j], least)
+        for j in range(nx):
+            total[j] = variance[j] + sigma2_x * g_x[j] + sigma2_y * g_y[j] + sigma2_beta * static[j] * static[j]
+        for j in range(nx):
+            gradient2[j] = g_x[j] + g_y[j]
+
+
+@numba.njit(cache=True, fastmath=_FAST, error_model="numpy")
+def _add_slopes2(s, y, x0, g_x, g_y):  # type: ignore[no-untyped-def]  # numba
+    """Add the squares of ds/dx and ds/dy along a part of row y."""
+    c1, c2, c3, c4 = np.float32(4 / 5), np.float32(-1 / 5), np.float32(4 / 105), np.float32(-1 / 280)
+    n = g_x.size
+    r = s[y, x0 - 4 : x0 + n + 4]
+    for j in range(n):
+        x = (
+            c1 * (r[j + 5] - r[j + 3])
+            + c2 * (r[j + 6] - r[j + 2])
+            + c3 * (r[j + 7] - r[j + 1])
+            + c4 * (r[j + 8] - r[j])
+        )
+        g_x[j] += x * x
+    columns = slice(x0, x0 + n)
+    a1, a2, a3, a4 = s[y + 1, columns], s[y + 2, columns], s[y + 3, columns], s[y + 4, columns]
+    b1, b2, b3, b4 = s[y - 1, columns], s[y - 2, columns], s[y - 3, columns], s[y - 4, columns]
+    for j in range(n):
+        x = c1 * (a1[j] - b1[j]) + c2 * (a2[j] - b2[j]) + c3 * (a3[j] - b3[j]) + c4 * (a4[j] - b4[j])
+        g_y[j] += x * x
 
 
 def zogy(
