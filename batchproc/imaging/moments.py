@@ -7,9 +7,13 @@ difference has no dipole.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+
+from batchproc.imaging.starpeaks import plain
 
 __all__ = ["MOMENTS", "fwhm_of", "measure_moments"]
 
@@ -23,7 +27,13 @@ _FWHM_PER_SIGMA = 2.0 * np.sqrt(2.0 * np.log(2.0))
 
 
 def measure_moments(
-    data: NDArray[np.floating], x: NDArray[np.floating], y: NDArray[np.floating], *, fwhm: float = 3.0
+    data: NDArray[np.floating],
+    x: NDArray[Any],
+    y: NDArray[Any],
+    *,
+    fwhm: float = 3.0,
+    bad: NDArray[np.bool_] | None = None,
+    tolerance: float = 1e-5,
 ) -> NDArray[np.void]:
     """Adaptive moments of sources at given places.
 
@@ -40,6 +50,11 @@ def measure_moments(
         First guesses in pixels, within about half a FWHM.
     fwhm : float
         First guess of the width in pixels.
+    bad : ndarray (ny, nx) bool, optional
+        Pixels that count as zero, whatever they hold.
+    tolerance : float
+        Moves (pixels) and relative changes of the covariance below this end the iteration; what is left of them is
+        about as large.
 
     Returns
     -------
@@ -47,10 +62,11 @@ def measure_moments(
         Centre (pixels), covariance ``xx, yy, xy`` (pixels²), flux from under the weight (the total for a Gaussian), and
         ``ok``: converged, within 2 FWHM of the guess.
     """
-    image = np.ascontiguousarray(data, dtype=np.float64)
+    image = plain(data, np.float32 if data.dtype == np.float32 else np.float64)
     start_x, start_y = (np.atleast_1d(np.asarray(a, dtype=np.float64)) for a in (x, y))
     out = np.empty((start_x.size, 7))
-    _moments(image, start_x, start_y, (fwhm / _FWHM_PER_SIGMA) ** 2, out)
+    masked = np.zeros((1, 1), dtype=np.bool_) if bad is None else bad
+    _moments(image, masked, bad is not None, start_x, start_y, (fwhm / _FWHM_PER_SIGMA) ** 2, tolerance, out)
     table = np.zeros(start_x.size, dtype=MOMENTS)
     for k, name in enumerate(MOMENTS.names or ()):
         table[name] = out[:, k]
@@ -64,7 +80,9 @@ def fwhm_of(moments: NDArray[np.void]) -> NDArray[np.float64]:
 
 
 @njit(cache=True)
-def _moments(image, xs, ys, variance0, out):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+def _moments(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    image, bad, masked, xs, ys, variance0, tolerance, out
+):
     ny, nx = image.shape
     for n in range(xs.size):
         x, y = xs[n], ys[n]
@@ -86,7 +104,7 @@ def _moments(image, xs, ys, variance0, out):  # type: ignore[no-untyped-def]  # 
                 for i in range(x0, x1):
                     dx = i - x
                     q = ixx * dx * dx + iyy * dy * dy + 2.0 * ixy * dx * dy
-                    if q < 16.0:
+                    if q < 16.0 and not (masked and bad[j, i]):
                         w = np.exp(-0.5 * q) * image[j, i]
                         s0 += w
                         sx += w * dx
@@ -114,7 +132,7 @@ def _moments(image, xs, ys, variance0, out):  # type: ignore[no-untyped-def]  # 
             xx, yy, xy = nxx, nyy, nxy
             if (x - xs[n]) ** 2 + (y - ys[n]) ** 2 > 4.0 * 5.545 * max(variance0, 0.5 * (xx + yy)):
                 break
-            if move < 1e-5 and (change < 1e-5 or xx + yy < 1e-3):
+            if move < tolerance and (change < tolerance or xx + yy < 1e-3):
                 ok = True
                 break
         out[n, 0], out[n, 1], out[n, 2], out[n, 3], out[n, 4], out[n, 5], out[n, 6] = x, y, xx, yy, xy, flux, ok

@@ -1,15 +1,16 @@
 """Measuring the PSF of an image from its stars.
 
 In turn, until they agree: each star's flux, position and sky from the model; the model from the stars. The model's
-pixel values are the least-squares solution over all pixels of all stars, each seen through the sub-pixel shift of its
-star, so nothing is resampled and nothing broadened (the idea of Anderson & King 2000, PASP 112, 1360, solved as one
-linear problem). What noise left in it is then shrunk, scale by scale.
+pixel values are the least-squares solution over all pixels of all stars at their sub-pixel places (the idea of
+Anderson & King 2000, PASP 112, 1360, solved as one linear problem). What noise left in it is then shrunk, scale by
+scale.
 
 Stars are chosen in `stars`; the model itself, and PSFs from files, are in `psf_model`.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,7 +29,7 @@ from batchproc.imaging.psf_model import (
     ellipticity,
     half_maximum_width,
 )
-from batchproc.imaging.psf_stamps import StarStamps, cut_stars, model_stamps, refine, solve_planes
+from batchproc.imaging.psf_stamps import Misfit, StarStamps, cut_stars, fit_stars, recentred, solve_planes
 from batchproc.imaging.shrink import shrink
 from batchproc.imaging.stars import Stars, find_stars, log_shape
 
@@ -36,6 +37,8 @@ __all__ = ["PsfModel", "Stars", "find_stars", "fit_psf"]
 
 #: Rounds of stars from the model, model from the stars.
 _ROUNDS = 4
+#: Stars that tell the exponent of the smooth profile.
+_FOR_EXPONENT = 40
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,17 @@ class _Draft:
     planes: NDArray[np.float64]
     degree: int
 
-    def stamps(self, stars: StarStamps) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Pixel part (n, size, size) and profile matrices (n, 3) at the stars."""
-        basis = self.frame.terms(stars.x, stars.y, self.degree)
-        return np.tensordot(basis, self.planes, axes=1), self.profile.matrix(self.frame, stars.x, stars.y)
+    def basis(self, stars: StarStamps) -> NDArray[np.float64]:
+        """Values (n, n_terms) of the polynomial terms at the stars."""
+        return self.frame.terms(stars.x, stars.y, self.degree)
+
+    def recentred(self, raw: StarStamps, stars: StarStamps) -> StarStamps:
+        """The stars' pixels moved to the middle of their stamps."""
+        return recentred(raw, stars, self.profile.matrix(self.frame, stars.x, stars.y), self.profile.beta)
+
+    def fit(self, stars: StarStamps, n_iter: int) -> tuple[StarStamps, Misfit]:
+        """The stars as this model sees them, and what it leaves of them."""
+        return fit_stars(stars, self.basis(stars), self.planes, n_iter=n_iter)
 
 
 def fit_psf(
@@ -61,6 +71,7 @@ def fit_psf(
     rms: NDArray[np.floating],
     saturation: float = float("inf"),
     config: PsfConfig | None = None,
+    stars: Stars | None = None,
 ) -> PsfModel:
     """The PSF of an image, varying across it where there are stars enough to say so.
 
@@ -78,6 +89,8 @@ def fit_psf(
     saturation : float
         Level above the sky, in electrons, at which pixels saturate.
     config : PsfConfig
+    stars : Stars, optional
+        What `find_stars` found in this image, where that is known already.
 
     Returns
     -------
@@ -93,23 +106,32 @@ def fit_psf(
         Fewer usable stars than ``config.min_stars``.
     """
     config = config or PsfConfig()
-    found = find_stars(data, rms, mask, saturation=saturation, config=config)
+    found = stars if stars is not None else find_stars(data, rms, mask, saturation=saturation, config=config)
     _enough(len(found), found, config)
     frame = Frame.of_image(data.shape)
     varying = len(found) >= config.min_stars_varying
     profile = _profile(found, frame, config.max_degree if varying else 0)
-    stars = cut_stars(data, rms, mask, found, _stamp_size(found, config))
-    stars = replace(stars, photons=_photons_per_electron(stars, variance, rms))
-    draft, stars = _fit_profile(profile, frame, stars)
+    raw = cut_stars(data, rms, mask, found, _stamp_size(found, config))
+    raw = replace(raw, photons=_photons_per_electron(raw, variance, rms))
+    draft = _fit_profile(profile, frame, raw)
+    draft, fitted = _solve(draft, raw, config, varying)
+    return _finish(draft, fitted, found)
 
-    degree = 0
+
+def _solve(draft: _Draft, raw: StarStamps, config: PsfConfig, varying: bool) -> tuple[_Draft, StarStamps]:
+    """Model from the stars, stars from the model, in turn."""
+    fitted, _ = draft.fit(draft.recentred(raw, raw), 3)
+    keep = _without_outliers(fitted, config)
+    raw, fitted = raw.take(keep), fitted.take(keep)
+    fitted, misfit = draft.fit(draft.recentred(raw, fitted), 2)
     for turn in range(_ROUNDS):
-        draft, stars = _round(draft, stars, config)
-        if turn == 0 and varying and config.max_degree > 0:
-            degree = _best_degree(draft, stars, config)
-            draft = _with_degree(draft, degree)
-    stars = _update_stars(draft, stars, reject=False, config=config)
-    return _finish(draft, stars, found)
+        keep = _without_outliers(fitted, config)
+        fitted, misfit = fitted.take(keep), misfit.take(keep)
+        if turn == 1 and varying and config.max_degree > 0:
+            draft = _with_degree(draft, _best_degree(draft, fitted, misfit, config))
+        draft = _update_model(draft, fitted, misfit)
+        fitted, misfit = draft.fit(fitted, 2)
+    return draft, fitted
 
 
 def _enough(n: int, found: Stars, config: PsfConfig) -> None:
@@ -137,7 +159,7 @@ def _photons_per_electron(stars: StarStamps, variance: NDArray[np.floating] | No
     """Variance that a source adds, per electron: 1 for Poisson counts, less in a mean of exposures."""
     if variance is None:
         return 1.0
-    added = stars.cut(np.asarray(variance, dtype=np.float64) - np.asarray(rms, dtype=np.float64) ** 2)
+    added = stars.cut(variance) - stars.cut(rms) ** 2
     bright = (stars.good > 0) & (stars.data > 3 * stars.rms[:, None, None])
     return max(0.0, float(np.median(added[bright] / stars.data[bright]))) if bright.any() else 1.0
 
@@ -163,29 +185,34 @@ def _profile(found: Stars, frame: Frame, max_degree: int) -> EllipticalProfile:
     return EllipticalProfile(best, best_degree, 3.0)
 
 
-def _fit_profile(profile: EllipticalProfile, frame: Frame, stars: StarStamps) -> tuple[_Draft, StarStamps]:
+def _fit_profile(profile: EllipticalProfile, frame: Frame, stars: StarStamps) -> _Draft:
     """Exponent and width of the Moffat profile that fit the brighter stars best; their moments gave the shape."""
-    bright = stars.take(np.argsort(-stars.snr, kind="stable")[:60])
+    bright = stars.take(np.argsort(-stars.snr, kind="stable")[:_FOR_EXPONENT])
 
-    def draft_for(log_beta: float) -> _Draft:
+    def draft_for(log_beta: float, stretch: float) -> _Draft:
         beta = 1.0 + float(np.exp(log_beta))
         coefficients = profile.coefficients.copy()
-        coefficients[0, 0] -= np.log(_moment_of_moffat(beta))
+        coefficients[0, 0] += stretch - np.log(_moment_of_moffat(round(beta, 3)))
         scaled = EllipticalProfile(coefficients, profile.degree, beta)
         return _Draft(frame, scaled, np.zeros((1, stars.size, stars.size)), 0)
 
-    def misfit(log_beta: float) -> float:
-        draft = draft_for(log_beta)
-        fitted = refine(bright, *draft.stamps(bright), draft.profile.beta, edge_taper(stars.size), n_iter=2)
-        return float(np.mean(np.minimum(fitted.chi2, 10 * np.median(fitted.chi2))))
+    def misfit(log_beta: float, stretch: float = 0.0) -> float:
+        draft = draft_for(log_beta, stretch)
+        chi2 = draft.fit(draft.recentred(bright, bright), 2)[0].chi2
+        return float(np.mean(np.minimum(chi2, 10 * np.median(chi2))))
 
     best = optimize.minimize_scalar(
         misfit, bounds=(np.log(0.4), np.log(20.0)), method="bounded", options={"xatol": 0.1}
     )
-    draft = draft_for(float(best.x))
-    return draft, stars
+    # Moments know the width through their weight; the stars themselves have the last word (a parabola's vertex).
+    step = 0.04
+    low, middle, high = misfit(best.x, -step), float(best.fun), misfit(best.x, step)
+    bend = low + high - 2 * middle
+    stretch = float(np.clip(0.5 * (low - high) / bend, -1.5, 1.5)) * step if bend > 0 else 0.0
+    return draft_for(float(best.x), stretch)
 
 
+@functools.lru_cache(maxsize=256)
 def _moment_of_moffat(beta: float) -> float:
     """Adaptive second moment of a round Moffat profile over its α²."""
     alpha, half = 6.0, 60
@@ -196,20 +223,8 @@ def _moment_of_moffat(beta: float) -> float:
     return float(found["xx"] / alpha**2)
 
 
-def _round(draft: _Draft, stars: StarStamps, config: PsfConfig) -> tuple[_Draft, StarStamps]:
-    stars = _update_stars(draft, stars, reject=True, config=config)
-    return _update_model(draft, stars), stars
-
-
-def _update_stars(draft: _Draft, stars: StarStamps, *, reject: bool, config: PsfConfig) -> StarStamps:
-    """Flux, position and sky of each star; stars that the model does not describe are left out."""
-    pixels, matrix = draft.stamps(stars)
-    stars = refine(stars, pixels, matrix, draft.profile.beta, edge_taper(stars.size), n_iter=3)
-    return _without_outliers(stars, config) if reject else stars
-
-
-def _without_outliers(stars: StarStamps, config: PsfConfig) -> StarStamps:
-    """Leave out stars that fit much worse than the others, that moved away, or that vanished."""
+def _without_outliers(stars: StarStamps, config: PsfConfig) -> NDArray[np.intp]:
+    """Rows without stars that fit much worse than the others, that moved away, or that vanished."""
     score = np.log(np.maximum(stars.chi2, 1e-6))
     middle = np.median(score)
     limit = middle + max(4 * 1.4826 * float(np.median(np.abs(score - middle))), 0.4)
@@ -218,29 +233,16 @@ def _without_outliers(stars: StarStamps, config: PsfConfig) -> StarStamps:
         # Too few to be choosy: the best of them.
         good = np.zeros(len(score), dtype=bool)
         good[np.argsort(score, kind="stable")[: config.min_stars]] = True
-    return stars.take(np.flatnonzero(good))
+    return np.flatnonzero(good)
 
 
-def _update_model(draft: _Draft, stars: StarStamps, n_iter: int = 5) -> _Draft:
-    """Pixel planes from the stars' residuals."""
-    pixels, matrix = draft.stamps(stars)
-    taper = edge_taper(stars.size)
-    # The gauge: star positions refer to the model's centre as moments define it, so the model must be drawn there.
-    shape = model_stamps(pixels, matrix, draft.profile.beta, taper)
-    half = (stars.size - 1) / 2
-    width = float(np.median(stars.fwhm))
-    middle = np.full(len(shape), half)
-    centres = [measure_moments(s, middle[:1], middle[:1], fwhm=width)[0] for s in shape]
-    dx = np.array([c["x"] - half if c["ok"] else 0.0 for c in centres])
-    dy = np.array([c["y"] - half if c["ok"] else 0.0 for c in centres])
-    centred = replace(stars, dx=stars.dx + np.clip(dx, -0.3, 0.3), dy=stars.dy + np.clip(dy, -0.3, 0.3))
-    basis = draft.frame.terms(stars.x, stars.y, draft.degree)
+def _update_model(draft: _Draft, stars: StarStamps, misfit: Misfit, n_iter: int = 5) -> _Draft:
+    """Pixel planes from what the draft leaves of the stars."""
     # Orthonormal over the stars: then the planes hardly know of each other, and converge in a few steps.
-    q, r = np.linalg.qr(basis)
-    rotated = np.tensordot(r, draft.planes, axes=1)
-    correction, noise = solve_planes(centred, q, pixels, matrix, draft.profile.beta, taper, n_iter=n_iter)
-    planes = np.stack([shrink(p, n) for p, n in zip(rotated + correction, noise, strict=True)])
-    return replace(draft, planes=np.tensordot(np.linalg.inv(r), planes * taper, axes=1))
+    q, r = np.linalg.qr(draft.basis(stars))
+    correction, noise = solve_planes(stars, misfit, q, n_iter=n_iter)
+    planes = shrink(np.tensordot(r, draft.planes, axes=1) + correction, noise)
+    return replace(draft, planes=np.tensordot(np.linalg.inv(r), planes * edge_taper(stars.size), axes=1))
 
 
 def _with_degree(draft: _Draft, degree: int) -> _Draft:
@@ -257,21 +259,19 @@ def _exponents(degree: int) -> list[tuple[int, int]]:
     return [(i, j) for j in range(degree + 1) for i in range(degree + 1 - j)]
 
 
-def _best_degree(draft: _Draft, stars: StarStamps, config: PsfConfig) -> int:
+def _best_degree(draft: _Draft, stars: StarStamps, misfit: Misfit, config: PsfConfig) -> int:
     """The lowest degree beyond which stars that were left out are not predicted significantly better."""
-    n = len(stars.x)
+    n = len(stars)
     halves = np.arange(0, n, 2), np.arange(1, n, 2)
+    parts = [(stars.take(half), misfit.take(half)) for half in halves]
     best, best_score = 0, np.zeros(0)
     for degree in range(config.max_degree + 1):
         if degree > 0 and n < 10 * n_terms(degree):
             break
         score = np.empty(n)
-        for half, other in (halves, halves[::-1]):
-            trained = _update_model(_with_degree(draft, degree), stars.take(half), n_iter=4)
-            test = stars.take(other)
-            score[other] = refine(
-                test, *trained.stamps(test), trained.profile.beta, edge_taper(stars.size), n_iter=2
-            ).chi2
+        for train, (test, _), rows in zip(parts, parts[::-1], halves[::-1], strict=True):
+            trained = _update_model(_with_degree(draft, degree), *train, n_iter=4)
+            score[rows] = trained.fit(test, 1)[0].chi2
         if degree == 0:
             best_score = score
             continue
@@ -285,10 +285,10 @@ def _best_degree(draft: _Draft, stars: StarStamps, config: PsfConfig) -> int:
 def _finish(draft: _Draft, stars: StarStamps, found: Stars) -> PsfModel:
     bare = PsfModel(draft.planes, draft.degree, 1.0, frame=draft.frame, profile=draft.profile)
     offset, offset_degree = centring_offset(bare)
-    model = replace(bare, offset=offset, offset_degree=offset_degree, n_stars=len(stars.x))
+    model = replace(bare, offset=offset, offset_degree=offset_degree, n_stars=len(stars))
     stamp = model.at(draft.frame.x0, draft.frame.y0)
     quality = {
-        "n_stars": len(stars.x),
+        "n_stars": len(stars),
         "n_found": len(found),
         "n_detected": found.n_detected,
         "degree": max(draft.degree, draft.profile.degree),

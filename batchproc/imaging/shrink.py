@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -17,14 +19,14 @@ def shrink(values: NDArray[np.float64], noise: NDArray[np.float64]) -> NDArray[n
 
     Parameters
     ----------
-    values : ndarray (n, n)
-        The map; its true values fall to zero towards the edge.
-    noise : ndarray (n, n)
+    values : ndarray (…, n, n)
+        Maps; their true values fall to zero towards the edge.
+    noise : ndarray (…, n, n)
         1-sigma error of each value, nearly independent from pixel to pixel.
 
     Returns
     -------
-    ndarray (n, n)
+    ndarray (…, n, n)
 
     Notes
     -----
@@ -35,32 +37,47 @@ def shrink(values: NDArray[np.float64], noise: NDArray[np.float64]) -> NDArray[n
     Neighbouring errors are correlated in resampled images, which makes the larger scales noisier than counted. The
     outer part of the map tells by how much, at scales too small for a signal there.
     """
-    half = (len(values) - 1) / 2
-    axis = np.arange(len(values)) - half
+    size = values.shape[-1]
+    half = (size - 1) / 2
+    axis = np.arange(size) - half
     outer = np.hypot(axis[:, None], axis[None, :]) > 0.75 * half
     kept = np.zeros_like(values)
-    point = np.zeros((127, 127))
-    point[63, 63] = 1.0
-    excess = 1.0
+    excess = np.ones(values.shape[:-2])
     left = values
     for scale in range(_SCALES):
-        smooth = left
-        for k in range(scale):
-            smooth = _smooth(smooth, k)
-        sigma = noise * np.sqrt(np.sum(point**2))
+        smoothing, spread, mean = _operators(size, scale)
+        smooth = smoothing @ left @ smoothing.T
+        sigma = noise * spread
         if scale <= 2:
-            ratio = smooth[outer] / sigma[outer]
-            excess = max(excess, 1.4826 * float(np.median(np.abs(ratio - np.median(ratio)))))
-        power = ndimage.gaussian_filter(smooth**2, 2.0**scale, mode="nearest")
-        part = smooth * np.maximum(0.0, 1 - 3 * (excess * sigma) ** 2 / np.maximum(power, 1e-300))
+            ratio = smooth[..., outer] / sigma[..., outer]
+            middle = np.median(ratio, axis=-1, keepdims=True)
+            excess = np.maximum(excess, 1.4826 * np.median(np.abs(ratio - middle), axis=-1))
+        power = mean @ smooth**2 @ mean.T
+        part = smooth * np.maximum(0.0, 1 - 3 * (excess[..., None, None] * sigma) ** 2 / np.maximum(power, 1e-300))
         kept += part
         left = left - part
-        point = _smooth(point, scale)
     return kept
+
+
+@functools.cache
+def _operators(size: int, scale: int) -> tuple[NDArray[np.float64], float, NDArray[np.float64]]:
+    """What `shrink` does along one axis before a scale, as matrices.
+
+    Returns the smoothing (size, size), zero outside; what it leaves of independent noise, in both axes together; and
+    the Gaussian mean over the neighbourhood (size, size), its ends repeated.
+    """
+    smoothing, wide = np.eye(size), np.eye(127)
+    for k in range(scale):
+        smoothing, wide = _smooth(smoothing, k), _smooth(wide, k)
+    mean = ndimage.gaussian_filter1d(np.eye(size), 2.0**scale, axis=0, mode="nearest")
+    # Convolutions along both axes: the sum of squares of the product is the product of the sums.
+    spread = float(np.sum(wide[:, 63] ** 2))
+    for array in (smoothing, mean):
+        array.flags.writeable = False  # one array serves all
+    return smoothing, spread, mean
 
 
 def _smooth(values: NDArray[np.float64], scale: int) -> NDArray[np.float64]:
     kernel = np.zeros(4 * 2**scale + 1)
     kernel[:: 2**scale] = _SPLINE
-    rows = ndimage.correlate1d(values, kernel, axis=0, mode="constant")
-    return ndimage.correlate1d(rows, kernel, axis=1, mode="constant")  # type: ignore[no-any-return]
+    return ndimage.correlate1d(values, kernel, axis=0, mode="constant")  # type: ignore[no-any-return]

@@ -14,19 +14,18 @@ from typing import Any
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
 
 from batchproc.config import PsfConfig
-from batchproc.imaging.extract import extract_sources
 from batchproc.imaging.moments import fwhm_of, measure_moments
 from batchproc.imaging.polynomial import Frame, n_terms
+from batchproc.imaging.starpeaks import find_peaks, plain
 
-__all__ = ["Stars", "find_stars", "log_shape"]
+__all__ = ["SOURCE", "Stars", "find_stars", "log_shape"]
 
 #: Columns of `Stars.table`.
-STAR = np.dtype(
-    [(name, "f8") for name in ("x", "y", "xx", "yy", "xy", "flux", "snr", "fwhm", "peak")] + [("segment", "i4")]
-)
+STAR = np.dtype([(name, "f8") for name in ("x", "y", "xx", "yy", "xy", "flux", "snr", "fwhm", "peak")])
+#: Columns of `Stars.sources`.
+SOURCE = np.dtype([(name, "f8") for name in ("x", "y", "flux", "fwhm")])
 
 #: Pixels above this fraction of the saturation level may be non-linear already.
 _SATURATION_MARGIN = 0.8
@@ -37,6 +36,12 @@ _SHARPEST_FWHM = 1.3
 _CONTAMINATION = (0.01, 0.03, 0.1)
 #: A cell of the image takes stars below twice ``snr_min`` only up to this number in all.
 _FAINT_PER_CELL = 6
+#: Shapes are measured of so many sources for each star that may be used, the brightest of each cell.
+_CANDIDATES_PER_STAR = 2.5
+#: Of so many sources, to learn how wide stars are before the others are measured.
+_FIRST = 60
+#: Moments good to this part of themselves are good enough to choose by.
+_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -47,19 +52,22 @@ class Stars:
     ----------
     table : structured ndarray (n,)
         ``x, y`` (pixels), ``xx, yy, xy`` (pixels², `measure_moments`), ``flux``, ``snr``, ``fwhm`` (pixels), ``peak``
-        (highest pixel), ``segment`` (its label in `segments`); the best first.
-    segments : ndarray (ny, nx) int32
-        Label of the source that owns each pixel, 0 for sky: tells the pixels of a star's neighbours.
-    n_detected : int
-        Sources of any kind above the detection threshold.
+        (highest pixel); the best first.
+    sources : structured ndarray (m,) of dtype `SOURCE`
+        Sources of any kind above the detection threshold, by rows: ``x, y`` (pixels), ``flux`` (as if they were stars,
+        where nothing better is known), ``fwhm`` (pixels): tells what is around a star.
     """
 
     table: NDArray[np.void]
-    segments: NDArray[np.int32]
-    n_detected: int
+    sources: NDArray[np.void]
 
     def __len__(self) -> int:
         return len(self.table)
+
+    @property
+    def n_detected(self) -> int:
+        """Sources of any kind above the detection threshold."""
+        return len(self.sources)
 
     @property
     def x(self) -> NDArray[np.float64]:
@@ -82,6 +90,8 @@ def find_stars(
 ) -> Stars:
     """Bright, unsaturated, isolated, point-like sources, well spread over the image.
 
+    The image is read once, for its peaks; the rest costs as many sources as may be needed, not as there are.
+
     Parameters
     ----------
     data : ndarray (ny, nx)
@@ -101,21 +111,32 @@ def find_stars(
         Possibly none at all; it is for the caller to say how many are enough.
     """
     config = config or PsfConfig()
-    finite = np.isfinite(data)
-    bad = ~finite if mask is None else (np.asarray(mask) != 0) | ~finite
-    image = np.where(bad, 0, data).astype(np.float32)
-    noise = np.asarray(rms, dtype=np.float32)
-    objects, segments = extract_sources(image, noise, bad, threshold=3.0)
-    sources = _measure(objects, image, noise)
+    image, noise = plain(data, np.float32), plain(rms, np.float32)
+    bad = bad_pixels(image, mask)
+    peaks = find_peaks(image, noise, bad)
+    rows = _candidates(peaks, image, saturation, config)
+    table, sources = _measure(peaks, rows, image, noise, bad)
 
-    clean = sources[_clean(sources, bad, saturation, config)]
-    alike = clean[_alike(clean, Frame.of_image(data.shape), config)]
+    clean = np.flatnonzero(_clean(table, image.shape, bad, saturation, config))
+    alike = clean[_alike(table[clean], Frame.of_image(image.shape), config)]
+    worst = _contamination(table[alike], rows[alike], sources)
     stars = alike
     for limit in _CONTAMINATION:
-        stars = alike[_contamination(alike, sources) < limit]
+        stars = alike[worst < limit]
         if len(stars) >= config.min_stars_varying:
             break
-    return Stars(_spread(stars, data.shape, config), segments, len(objects))
+    return Stars(_spread(table[stars], image.shape, config), sources)
+
+
+def bad_pixels(image: NDArray[np.floating], mask: NDArray[np.integer] | None) -> NDArray[np.bool_] | None:
+    """Pixels that are masked or not finite; None where there are none."""
+    finite = np.isfinite(image)
+    bad = ~finite if not finite.all() else None
+    if mask is not None:
+        masked = np.asarray(mask) != 0
+        if masked.any():
+            bad = masked if bad is None else bad | masked
+    return bad
 
 
 def log_shape(table: NDArray[np.void]) -> NDArray[np.float64]:
@@ -130,44 +151,82 @@ def log_shape(table: NDArray[np.void]) -> NDArray[np.float64]:
     return np.stack([(largest + smallest) / 2, stretch * half, stretch * table["xy"]], axis=-1)
 
 
-def _measure(objects: NDArray[Any], image: NDArray[np.float32], rms: NDArray[np.float32]) -> NDArray[np.void]:
-    """Table of all sources; those without usable moments have ``snr`` 0."""
-    table = np.zeros(len(objects), dtype=STAR)
-    if not len(objects):
-        return table
-    width = 2.3548 * np.sqrt(np.median(objects["a"] * objects["b"]))
-    moments = measure_moments(image, objects["x"], objects["y"], fwhm=max(2.0, float(width)))
+def _candidates(
+    peaks: NDArray[np.void], image: NDArray[np.float32], saturation: float, config: PsfConfig
+) -> NDArray[np.int64]:
+    """Rows of the peaks to measure: neither saturated nor single pixels, the brightest of each cell of a grid."""
+    rows = np.flatnonzero((peaks["peak"] < _SATURATION_MARGIN * saturation) & (peaks["peak"] > 0))
+    x, y = peaks["x"][rows], peaks["y"][rows]
+    ny, nx = image.shape
+    inside = (x > 1) & (y > 1) & (x < nx - 2) & (y < ny - 2)
+    rows, x, y = rows[inside], x[inside], y[inside]
+    # Of a Gaussian of the least width, the pixels next to the peak hold this part of it; half is let through.
+    least = 0.5 * np.exp(-4 * np.log(2) / _SHARPEST_FWHM**2)
+    with np.errstate(invalid="ignore"):
+        beside = (image[y, x - 1] + image[y, x + 1] + image[y - 1, x] + image[y + 1, x]) / 4
+        rows = rows[beside > least * image[y, x]]
+    rows = rows[np.argsort(-peaks["snr"][rows], kind="stable")]
+    rank = _rank_in_cell(peaks["x"][rows], peaks["y"][rows], image.shape)
+    most = int(_CANDIDATES_PER_STAR * config.max_stars)
+    return np.sort(rows[np.argsort(rank, kind="stable")[:most]])
+
+
+def _measure(
+    peaks: NDArray[np.void],
+    rows: NDArray[np.int64],
+    image: NDArray[np.float32],
+    rms: NDArray[np.float32],
+    bad: NDArray[np.bool_] | None,
+) -> tuple[NDArray[np.void], NDArray[np.void]]:
+    """Table of the candidates (those without usable moments have ``snr`` 0), and of all sources."""
+    table = np.zeros(len(rows), dtype=STAR)
+    sources = np.zeros(len(peaks), dtype=SOURCE)
+    for name in ("x", "y"):
+        sources[name] = peaks[name]
+    sources["flux"] = peaks["light"]
+    if not len(rows):
+        sources["fwhm"] = 3.0
+        return table, sources
+    x, y = peaks["x"][rows], peaks["y"][rows]
+    first = np.argsort(-peaks["snr"][rows], kind="stable")[:_FIRST]
+    known = measure_moments(image, x[first], y[first], fwhm=3.0, bad=bad, tolerance=0.03)
+    width = float(np.median(fwhm_of(known[known["ok"]]))) if known["ok"].any() else 3.0
+    moments = measure_moments(image, x, y, fwhm=max(1.5, width), bad=bad, tolerance=_TOLERANCE)
     for name in ("x", "y", "xx", "yy", "xy", "flux"):
         table[name] = moments[name]
-    table["peak"] = objects["peak"]
-    table["segment"] = np.arange(1, len(objects) + 1)
+    table["peak"] = peaks["peak"][rows]
     table["fwhm"] = fwhm_of(moments)
-    ny, nx = image.shape
-    sky = rms[np.clip(objects["y"].astype(int), 0, ny - 1), np.clip(objects["x"].astype(int), 0, nx - 1)]
     # Noise of the flux under a Gaussian weight: sigma sqrt(4 pi sigma_x sigma_y), and the star's own photons.
     area = 4 * np.pi * (table["fwhm"] / 2.3548) ** 2
     ok = moments["ok"] & (table["flux"] > 0) & (area > 0)
+    sky = rms[y, x]
     table["snr"][ok] = table["flux"][ok] / np.sqrt(sky[ok] ** 2 * area[ok] + table["flux"][ok])
-    lost = ~moments["ok"]  # still a neighbour of others
-    table["x"][lost], table["y"][lost], table["flux"][lost] = (
-        objects["x"][lost],
-        objects["y"][lost],
-        objects["flux"][lost],
-    )
-    return table
+    if ok.any():
+        width = float(np.median(table["fwhm"][ok]))
+        sources["flux"] *= max(1.0, float(np.median(table["flux"][ok] / peaks["light"][rows[ok]])))
+    sources["fwhm"] = width
+    for name in ("x", "y", "flux", "fwhm"):
+        sources[name][rows[ok]] = table[name][ok]
+    return table, sources
 
 
-def _clean(table: NDArray[np.void], bad: NDArray[np.bool_], saturation: float, config: PsfConfig) -> NDArray[np.bool_]:
+def _clean(
+    table: NDArray[np.void],
+    shape: tuple[int, ...],
+    bad: NDArray[np.bool_] | None,
+    saturation: float,
+    config: PsfConfig,
+) -> NDArray[np.bool_]:
     """Bright enough, not saturated, not as sharp as a particle hit, inside the image, no bad pixel in the core."""
     good: NDArray[np.bool_] = (table["snr"] >= config.snr_min) & (table["peak"] < _SATURATION_MARGIN * saturation)
     mean, half = (table["xx"] + table["yy"]) / 2, (table["xx"] - table["yy"]) / 2
     minor = mean - np.hypot(half, table["xy"])
     good &= minor > (_SHARPEST_FWHM / 2.3548) ** 2
-    ny, nx = bad.shape
+    ny, nx = shape
     margin = 1.5 * table["fwhm"]
     good &= (table["x"] > margin) & (table["x"] < nx - 1 - margin)
     good &= (table["y"] > margin) & (table["y"] < ny - 1 - margin)
-    if good.any() and bad.any():
+    if good.any() and bad is not None:
         rows = np.flatnonzero(good)
         major = np.sqrt((mean + np.hypot(half, table["xy"]))[rows])
         good[rows] = _clear_of(bad, table["x"][rows], table["y"][rows], 2.5 * major)
@@ -281,35 +340,52 @@ def _modes(values: NDArray[np.float64], weights: NDArray[np.float64], width: flo
     return modes
 
 
-def _contamination(stars: NDArray[np.void], sources: NDArray[np.void]) -> NDArray[np.float64]:
-    """Light of the worst neighbour at the centre of each star over the star's own peak.
-
-    Neighbours fade like ``(1 + (r / FWHM)²)^-2.5``, close to a Moffat profile's wings.
-    """
+def _contamination(stars: NDArray[np.void], rows: NDArray[np.int64], sources: NDArray[np.void]) -> NDArray[np.float64]:
+    """Light of the worst neighbour at the centre of each star over the star's own peak."""
+    order = np.argsort(sources["y"], kind="stable")
+    x, y, flux = (np.ascontiguousarray(sources[name][order]) for name in ("x", "y", "flux"))
+    reach = 15 * stars["fwhm"]
+    begin, end = np.searchsorted(y, stars["y"] - reach), np.searchsorted(y, stars["y"] + reach)
+    own = np.empty(len(sources), dtype=np.int64)
+    own[order] = np.arange(len(sources))
     worst = np.zeros(len(stars))
-    if not len(stars) or len(sources) < 2:
-        return worst
-    tree = cKDTree(np.stack([sources["x"], sources["y"]], axis=-1))
-    for n, near in enumerate(tree.query_ball_point(np.stack([stars["x"], stars["y"]], axis=-1), 15 * stars["fwhm"])):
-        others = sources[[m for m in near if sources["segment"][m] != stars["segment"][n]]]
-        r2 = ((others["x"] - stars["x"][n]) ** 2 + (others["y"] - stars["y"][n]) ** 2) / stars["fwhm"][n] ** 2
-        light = np.maximum(others["flux"], 0) / stars["flux"][n] * (1 + r2) ** -2.5
-        worst[n] = light.max(initial=0.0)
+    place = [np.ascontiguousarray(stars[name]) for name in ("x", "y", "flux", "fwhm")]
+    _worst_neighbour(x, y, flux, begin, end, own[rows], *place, worst)
     return worst
 
 
-def _spread(stars: NDArray[np.void], shape: tuple[int, int], config: PsfConfig) -> NDArray[np.void]:
+@njit(cache=True)
+def _worst_neighbour(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    xs, ys, fluxes, begin, end, own, star_x, star_y, star_flux, star_fwhm, worst
+):
+    """Neighbours fade like ``(1 + (r / FWHM)²)^-2.5``, close to a Moffat profile's wings."""
+    for n in range(star_x.size):
+        reach2 = (15.0 * star_fwhm[n]) ** 2
+        for m in range(begin[n], end[n]):
+            r2 = (xs[m] - star_x[n]) ** 2 + (ys[m] - star_y[n]) ** 2
+            if m != own[n] and r2 < reach2:
+                light = max(fluxes[m], 0.0) / star_flux[n] * (1.0 + r2 / star_fwhm[n] ** 2) ** -2.5
+                worst[n] = max(worst[n], light)
+
+
+def _spread(stars: NDArray[np.void], shape: tuple[int, ...], config: PsfConfig) -> NDArray[np.void]:
     """The best stars, taken in turn from the cells of a 5×5 grid, so that no corner is left out.
 
     Faint stars tell little of the PSF and hide what they are; only cells that have few take them.
     """
     stars = stars[np.argsort(-stars["snr"], kind="stable")]
-    ny, nx = shape
-    cell = (5 * stars["y"] / ny).astype(int) * 5 + (5 * stars["x"] / nx).astype(int)
-    rank = np.zeros(len(stars), dtype=int)
-    for c in np.unique(cell):
-        here = cell == c
-        rank[here] = np.arange(np.count_nonzero(here))
+    rank = _rank_in_cell(stars["x"], stars["y"], shape)
     keep = np.flatnonzero((stars["snr"] > 2 * config.snr_min) | (rank < _FAINT_PER_CELL))
     best = keep[np.argsort(rank[keep], kind="stable")[: config.max_stars]]
     return stars[np.sort(best)]
+
+
+def _rank_in_cell(x: NDArray[Any], y: NDArray[Any], shape: tuple[int, ...]) -> NDArray[np.int64]:
+    """How many come before each in its cell of a 5×5 grid."""
+    ny, nx = shape
+    cell = (5 * y / ny).astype(int) * 5 + (5 * x / nx).astype(int)
+    rank = np.zeros(len(cell), dtype=np.int64)
+    for c in np.unique(cell):
+        here = cell == c
+        rank[here] = np.arange(np.count_nonzero(here))
+    return rank
