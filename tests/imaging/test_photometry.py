@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from batchproc.imaging.centres import fit_positions, match_centres
 from batchproc.imaging.photometry import aperture_flux, measure_flux_ratio, psf_flux
+from batchproc.imaging.polynomial import Frame, Polynomial, n_terms
 from batchproc.imaging.psf import PsfModel, fit_psf
 from batchproc.imaging.variance import source_variance
 
@@ -142,6 +145,34 @@ def test_a_ratio_that_varies_across_the_image_is_followed():
         assert image.dtype == np.float32
         np.testing.assert_allclose(ratio.value * image[::100, [0, 500, 999]], 1.5 * (1 + slope * np.array([-1, 0, 1]))
                                    * np.ones((10, 1)), rtol=0.006)  # fmt: skip
+
+
+def test_the_image_of_a_ratio_is_its_polynomial():
+    """Drawn by matrices or asked pixel by pixel, of any degree, at edges and beyond: the same."""
+    rng = np.random.default_rng(8)
+    for degree in (0, 1, 2, 3):
+        frame = replace(Frame.of_image((60, 90)), limit=0.9)
+        polynomial = Polynomial(frame, degree, rng.normal(0, 0.1, n_terms(degree)))
+        y, x = np.mgrid[:60, :90].astype(float)
+        expected = polynomial(x.ravel(), y.ravel()).reshape(60, 90)
+        np.testing.assert_allclose(polynomial.image((60, 90)), expected, atol=1e-6)
+
+
+def test_single_precision_images_give_the_same_fluxes(field, model):
+    """float32 planes, a boolean or an integer mask, big-endian or transposed: equal to float64 within rounding."""
+    mask = np.zeros(field.data.shape, dtype=np.int32)
+    mask[::50] = 1024
+    data, variance = field.flat.astype(np.float64), total_variance(field)
+    data[::70, ::70] = np.nan
+    flux, error, chi2, ok = psf_flux(data, variance, mask, field.x, field.y, model)
+    for other, noise, bad in (
+        (data.astype(np.float32), variance.astype(np.float32), mask != 0),
+        (data.astype(">f4"), np.asfortranarray(variance), mask.astype(np.uint16)),
+    ):
+        again = psf_flux(other, noise, bad, field.x, field.y, model)
+        np.testing.assert_array_equal(again[3], ok)
+        for a, b in zip(again[:3], (flux, error, chi2), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4)
 
 
 @pytest.mark.parametrize("stars", [np.zeros((4, 0)), np.full((4, 5), np.nan), -np.ones((4, 5)), np.ones((4, 3))])
