@@ -16,12 +16,15 @@ from numpy.typing import NDArray
 
 from batchproc.imaging.planes import as_bytes, native
 from batchproc.imaging.polynomial import Frame, Polynomial, fit_polynomial
-from batchproc.imaging.shift import shift_stamp, taps, transform
+from batchproc.imaging.shift import HALF, shift_stamp, taps, transform
 from batchproc.records import PsfLike
 
 __all__ = ["CentreMatch", "MovedPsf", "fit_positions", "match_centres"]
 
 _Array = NDArray[np.float64]
+
+#: Fits of positions end after a step shorter than this, in pixels.
+_SMALL_STEP = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,8 +182,12 @@ def _is_good(image, noise, bad, j, i):  # type: ignore[no-untyped-def]  # pragma
 def _fit(image, noise, bad, x0, y0, stamp, radius, result):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Gauss-Newton for flux, x, y; writes x, y, their errors, and 1 where it converged."""
     ny, nx = image.shape
+    # Of the stamp, what lies within the radius and the reach of shifts and derivatives.
+    spare = max(0, stamp.shape[0] // 2 - int(np.ceil(radius)) - HALF - 3)
+    stamp = stamp[spare : stamp.shape[0] - spare, spare : stamp.shape[1] - spare]
     size = stamp.shape[0]
     half = size // 2
+    reach = min(half - 2, int(np.ceil(radius)) + 1)
     column, row = int(np.rint(x0)), int(np.rint(y0))
     dx, dy = x0 - column, y0 - row
     flux = -1.0
@@ -190,8 +197,8 @@ def _fit(image, noise, bad, x0, y0, stamp, radius, result):  # type: ignore[no-u
         transform(stamp, taps(dx), taps(dy), model, work)
         if turn == 0:
             cross = weight = 0.0
-            for j in range(size):
-                for i in range(size):
+            for j in range(half - reach, half + reach + 1):
+                for i in range(half - reach, half + reach + 1):
                     jj, ii = row + j - half, column + i - half
                     near = (i - half - dx) ** 2 + (j - half - dy) ** 2 < radius * radius
                     if near and 0 <= jj < ny and 0 <= ii < nx and _is_good(image, noise, bad, jj, ii):
@@ -204,8 +211,8 @@ def _fit(image, noise, bad, x0, y0, stamp, radius, result):  # type: ignore[no-u
             return
         normal[:] = 0.0
         right[:] = 0.0
-        for j in range(2, size - 2):
-            for i in range(2, size - 2):
+        for j in range(half - reach, half + reach + 1):
+            for i in range(half - reach, half + reach + 1):
                 jj, ii = row + j - half, column + i - half
                 near = (i - half - dx) ** 2 + (j - half - dy) ** 2 < radius * radius
                 if near and 0 <= jj < ny and 0 <= ii < nx and _is_good(image, noise, bad, jj, ii):
@@ -220,8 +227,7 @@ def _fit(image, noise, bad, x0, y0, stamp, radius, result):  # type: ignore[no-u
                         right[a] += w * g[a] * r
                         for b in range(3):
                             normal[a, b] += w * g[a] * g[b]
-        det = np.linalg.det(normal)
-        if not det > 0.0:
+        if not np.linalg.det(normal) > 0.0:
             return
         step = np.linalg.solve(normal, right)
         flux += step[0]
@@ -229,7 +235,8 @@ def _fit(image, noise, bad, x0, y0, stamp, radius, result):  # type: ignore[no-u
         dy += min(max(step[2], -0.5), 0.5)
         if (column + dx - x0) ** 2 + (row + dy - y0) ** 2 > 1.0:
             return
-        if abs(step[1]) + abs(step[2]) < 1e-5:
+        # Each step leaves far less than a tenth of itself.
+        if abs(step[1]) + abs(step[2]) < _SMALL_STEP:
             inverse = np.linalg.inv(normal)
             result[0], result[1] = column + dx, row + dy
             result[2], result[3] = np.sqrt(inverse[1, 1]), np.sqrt(inverse[2, 2])

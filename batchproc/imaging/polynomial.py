@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
-__all__ = ["Frame", "Polynomial", "fit_polynomial", "n_terms", "terms"]
+__all__ = ["Frame", "Polynomial", "fit_polynomial", "n_terms", "terms", "terms_at"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Frame:
         v = np.clip((np.atleast_1d(np.asarray(y, dtype=np.float64)) - self.y0) / self.y_scale, -self.limit, self.limit)
         return terms(u, v, degree)
 
+    def normalised(self, x: float, y: float) -> tuple[float, float]:
+        """(u, v) of one place."""
+        u, v = (float(x) - self.x0) / self.x_scale, (float(y) - self.y0) / self.y_scale
+        return min(max(u, -self.limit), self.limit), min(max(v, -self.limit), self.limit)
+
 
 def n_terms(degree: int) -> int:
     """Number of terms of a polynomial in two variables."""
@@ -46,6 +52,18 @@ def n_terms(degree: int) -> int:
 def terms(u: NDArray[np.float64], v: NDArray[np.float64], degree: int) -> NDArray[np.float64]:
     """``u^i v^j``, i + j ≤ degree, i running fastest (1, u, u², v, uv, v² for degree 2): shape (n, n_terms)."""
     return np.stack([u**i * v**j for j in range(degree + 1) for i in range(degree + 1 - j)], axis=-1)
+
+
+@njit(cache=True)
+def terms_at(u, v, degree):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """`terms` of one place: shape (n_terms,)."""
+    out = np.empty((degree + 1) * (degree + 2) // 2)
+    n = 0
+    for j in range(degree + 1):
+        for i in range(degree + 1 - j):
+            out[n] = u**i * v**j
+            n += 1
+    return out
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from scipy import ndimage
 
 from batchproc.errors import PsfError
 from batchproc.imaging.moments import measure_moments
-from batchproc.imaging.polynomial import Frame, n_terms
+from batchproc.imaging.polynomial import Frame, n_terms, terms_at
 from batchproc.imaging.shift import shift_stamp, taps, transform
 
 __all__ = [
@@ -56,12 +56,20 @@ class EllipticalProfile:
 
     def matrix(self, frame: Frame, x: Any, y: Any) -> NDArray[np.float64]:
         """A⁻¹ at places (n,): columns xx, yy, xy, (n, 3)."""
-        mean, half, cross = (frame.terms(x, y, self.degree) @ self.coefficients).T
+        return inverse_shape(frame.terms(x, y, self.degree) @ self.coefficients)
+
+
+@njit(cache=True)
+def inverse_shape(shape):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Exponential of the symmetric matrices −[[mean + half, cross], [cross, mean − half]], (n, 3), as rows xx, yy, xy."""
+    out = np.empty(shape.shape)
+    for n in range(shape.shape[0]):
+        mean, half, cross = shape[n, 0], shape[n, 1], shape[n, 2]
         radius = np.hypot(half, cross)
-        # exp of the symmetric matrix −[[mean + half, cross], [cross, mean − half]], in closed form
         even = np.exp(-mean) * np.cosh(radius)
-        odd = -np.exp(-mean) * np.where(radius > 1e-9, np.sinh(radius) / np.maximum(radius, 1e-9), 1.0)
-        return np.stack([even + odd * half, even - odd * half, odd * cross], axis=-1)
+        odd = -np.exp(-mean) * (np.sinh(radius) / radius if radius > 1e-9 else 1.0)
+        out[n, 0], out[n, 1], out[n, 2] = even + odd * half, even - odd * half, odd * cross
+    return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,20 +115,21 @@ class PsfModel:
 
     def at(self, x: float, y: float) -> NDArray[np.float64]:
         """PSF stamp ``(size, size)`` of a source on pixel (x, y): centred, unit sum."""
+        frame = self.frame
+        u, v = frame.normalised(x, y)
         dx = dy = 0.0
         if self.offset is not None:
-            dx, dy = (self.frame.terms(x, y, self.offset_degree) @ self.offset)[0].tolist()
+            dx, dy = (terms_at(u, v, self.offset_degree) @ self.offset).tolist()
         stamp = np.empty((self.size, self.size))
-        terms = self.frame.terms(x, y, self.degree)[0]
-        if self.profile is None:
-            if abs(dx) > 1 or abs(dy) > 1:
-                stamp = shift_stamp(np.tensordot(terms, self.planes, axes=1), dx, dy)
-            else:
-                _mix_planes(self.planes, terms, dx, dy, stamp)
-            return stamp / stamp.sum()  # type: ignore[no-any-return]
-        _mix_planes(self.planes, terms, dx, dy, stamp)
-        add_profile(stamp, self.profile.matrix(self.frame, x, y)[0], moffat_table(self.profile.beta), dx, dy)
-        stamp *= edge_taper(self.size)
+        mix = terms_at(u, v, self.degree)
+        if self.profile is None and max(abs(dx), abs(dy)) > 1:
+            stamp = shift_stamp(np.tensordot(mix, self.planes, axes=1), dx, dy)
+        else:
+            _mix_planes(self.planes, mix, dx, dy, stamp)
+        if self.profile is not None:
+            shape = terms_at(u, v, self.profile.degree) @ self.profile.coefficients
+            add_profile(stamp, inverse_shape(shape[None])[0], moffat_table(self.profile.beta), dx, dy)
+            stamp *= edge_taper(self.size)
         stamp /= stamp.sum()
         return stamp
 
