@@ -424,19 +424,21 @@ def _levels(context: click.Context, parameter: click.Parameter, value: str) -> t
     epilog=_example(
         "batchproc evaluate completeness --images 50 --out evaluation",
         "batchproc evaluate completeness --psf measured --resampled --sky 100,2000 --out evaluation --dry-run",
+        "batchproc evaluate completeness --manifest night.csv --images 10 --out evaluation",
     ),
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the results: made if missing.")
+@click.option(
+    "--manifest", type=click.Path(path_type=Path), help="Inject into its real images.  [default: simulated pairs]"
+)
 @click.option("--config", type=click.Path(path_type=Path), help="Settings; keys left out have their defaults.")
-@click.option("--images", type=click.IntRange(1), default=50, show_default=True, help="Pairs to simulate.")
-@click.option("--size", type=click.IntRange(256), default=1024, show_default=True, help="Their side in pixels.")
+@click.option("--images", type=click.IntRange(1), default=50, show_default=True, help="Pairs to simulate or to take.")
+@click.option("--size", type=click.IntRange(256), default=1024, show_default=True, help="Side of simulated ones.")
 @click.option(
     "--snr", default="3:15", show_default=True, callback=_range, metavar="LOW:HIGH", help="S/N of what is injected."
 )
 @click.option("--per-image", type=click.IntRange(1), default=30, show_default=True, help="Sources put into each pair.")
-@click.option(
-    "--seeing", default="2:5", show_default=True, callback=_range, metavar="LOW:HIGH", help="FWHM in pixels."
-)
+@click.option("--seeing", default="2:5", show_default=True, callback=_range, metavar="LOW:HIGH", help="FWHM in pixels.")
 @click.option("--threshold", type=float, help="Found is what exceeds it, in sigma.  [default: that of the settings]")
 @click.option(
     "--sky",
@@ -462,6 +464,7 @@ def _levels(context: click.Context, parameter: click.Parameter, value: str) -> t
 @_where_to_run
 def evaluate_completeness(
     out: Path,
+    manifest: Path | None,
     config: Path | None,
     check: bool,
     as_json: bool,
@@ -480,13 +483,15 @@ def evaluate_completeness(
     _set_up(settings, cluster)
     from batchproc.completeness.campaign import Campaign
     from batchproc.completeness.evaluate import evaluate, plan
+    from batchproc.io.manifest import read_manifest
 
+    entries = None if manifest is None else read_manifest(manifest)
     threshold = settings.detect.threshold if threshold is None else threshold
     campaign = Campaign(config=settings, threshold=threshold, **options)
     if dry_run:
-        click.echo(plan(campaign).text(1 if cluster == "serial" else workers))
+        click.echo(plan(campaign, entries).text(1 if cluster == "serial" else workers))
         return 0
-    found = evaluate(campaign, out, cluster=cluster, workers=workers, quiet=quiet)
+    found = evaluate(campaign, out, entries=entries, cluster=cluster, workers=workers, quiet=quiet)
     click.echo(json.dumps(found.summary.to_dict(), indent=2) if as_json else found.text())
     return int(check and not found.summary.ok)
 

@@ -69,24 +69,24 @@ def _alarms(axis: Axes, summary: Summary) -> None:
         x = np.array([r.threshold for r in rates]) + 0.03 * sign
         ratio = np.array([r.ratio for r in rates])
         low, high = np.array([r.interval for r in rates]).reshape(-1, 2).T
-        high = np.minimum(high, 10.0)
+        high = np.maximum(np.minimum(high, 10.0), ratio)
         colour = _BLUE if sign > 0 else _ORANGE
         axis.errorbar(x, ratio, [ratio - low, high - ratio], fmt=marker, ms=5, color=colour, lw=1, label=label)
     axis.axhspan(1 / 1.5, 1.5, color=_GREY, alpha=0.15, lw=0)
     axis.axhline(1, color=_GREY, lw=0.8)
-    axis.set(title="false alarms over those of Gaussian fields", xlabel="threshold (σ)", ylim=(0, 3), ylabel="ratio")
+    top = max([3.0, *(1.2 * r.ratio for r in summary.rates if np.isfinite(r.ratio))])
+    axis.set(title="false alarms over those of Gaussian fields", xlabel="threshold (σ)", ylim=(0, top), ylabel="ratio")
     axis.legend(loc="upper left")
 
 
 def _noise(axis: Axes, summary: Summary) -> None:
-    skies = sorted(summary.skies)
-    values = [summary.skies[sky] for sky in skies]
+    values = list(summary.skies.values())
     axis.axhspan(0.99, 1.01, color=_GREY, alpha=0.15, lw=0)
     rms, error = np.array([v["rms"] for v in values]), np.array([v["error"] for v in values])
-    axis.errorbar(skies, rms, error, fmt="o", ms=4, color=_BLUE, lw=1)
-    axis.set(title="S_corr on blank sky before renormalisation", xlabel="sky (electrons a pixel)", ylabel="rms (σ)")
-    if skies:
-        axis.set_xscale("log")
+    axis.errorbar(np.arange(len(values)), rms, error, fmt="o", ms=4, color=_BLUE, lw=1)
+    axis.set_xticks(np.arange(len(values)), list(summary.skies))
+    axis.set(title="S_corr on blank sky before renormalisation", xlabel="sky, a pixel", ylabel="rms (σ)")
+    if values:
         reach = 1.3 * max(0.015, float(np.nanmax(np.abs(rms - 1))))
         axis.set_ylim(1 - reach, 1 + reach)
 

@@ -15,19 +15,24 @@ from numpy.typing import NDArray
 
 from batchproc.completeness.campaign import Campaign, simulated_sample, simulated_tasks
 from batchproc.completeness.drawing import draw
+from batchproc.completeness.real import real_sample, real_tasks
 from batchproc.completeness.sample import Sample
-from batchproc.completeness.verdicts import Summary, summarise
+from batchproc.completeness.verdicts import Summary, finite, summarise
 from batchproc.display import duration, say, show
 from batchproc.distribute.clusters import check_cluster, open_executor
 from batchproc.distribute.executors import sliding
+from batchproc.distribute.plan import image_pixels
 from batchproc.errors import ExposureError, UsageError
 from batchproc.io.atomic import write_bytes, write_text
+from batchproc.records import ManifestEntry
 
 __all__ = ["Evaluation", "Plan", "evaluate", "plan"]
 
-#: CPU-seconds of a megapixel: simulating, the flow, and the Gaussian field; with measured PSFs in addition.
-_SECONDS_PER_MPIX = 2.5
-_SECONDS_PER_MPIX_PSF = 2.0
+#: CPU-seconds of a megapixel: simulation, flow and Gaussian field; in addition where PSFs are measured; of real images,
+#: on which the flow runs twice.
+_SECONDS_PER_MPIX = 1.5
+_SECONDS_PER_MPIX_PSF = 1.0
+_SECONDS_PER_MPIX_REAL = 4.0
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,21 @@ class Evaluation:
 
     def text(self) -> str:
         """The verdicts as a table, and where the rest is."""
-        rows = [("promise", "goal", "measured", "")]
         words = {True: "ok", False: "MISSED", None: "no verdict"}
-        rows += [(v.promise, v.goal, v.measured, words[v.ok]) for v in self.summary.verdicts]
-        widths = [max(len(row[k]) for row in rows) for k in range(4)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        verdicts = [(v.promise, v.goal, v.measured, words[v.ok]) for v in self.summary.verdicts]
+        places = [
+            (place, *(f"{v[key]:.4g}" for key in ("n", "expected", "found", "unflagged", "pull_mean", "pull_width")))
+            for place, v in self.summary.places.items()
+        ]
+        alarms = [(place, *map(str, v.values())) for place, v in self.summary.alarm_places.items()]
+        lines = [
+            *_columns([("promise", "goal", "measured", ""), *verdicts]),
+            "",
+            *_columns([("sources", "n", "expected", "found", "unflagged", "pull mean", "pull width"), *places]),
+            "",
+            *_columns([("false alarms above the threshold", "positive", "negative", "flagged"), *alarms]),
+            "",
+        ]
         facts = self.summary.facts
         lines.append(
             f"{facts['images']} images, {facts['mpix_searched']:.3g} of {facts['mpix']:.3g} Mpix searched, "
@@ -81,17 +96,35 @@ class Evaluation:
         return "\n".join([*lines, f"in {self.files[0].parent}: {', '.join(path.name for path in self.files)}"])
 
 
-def plan(campaign: Campaign) -> Plan:
-    """How much an evaluation computes; nothing is begun."""
-    mpix = campaign.images * campaign.size**2 / 1e6
-    seconds = _SECONDS_PER_MPIX + (_SECONDS_PER_MPIX_PSF if campaign.psf == "measured" else 0.0)
-    return Plan(campaign.images, mpix, campaign.images * campaign.per_image, seconds * mpix)
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def plan(campaign: Campaign, entries: Sequence[ManifestEntry] | None = None) -> Plan:
+    """How much an evaluation computes; nothing is begun.
+
+    Parameters
+    ----------
+    campaign : Campaign
+    entries : sequence of ManifestEntry, optional
+        Real images to take instead of simulated ones; their headers are read.
+    """
+    if entries is None:
+        mpix = campaign.images * campaign.size**2 / 1e6
+        seconds = _SECONDS_PER_MPIX + (_SECONDS_PER_MPIX_PSF if campaign.psf == "measured" else 0.0)
+        return Plan(campaign.images, mpix, campaign.images * campaign.per_image, seconds * mpix)
+    images = min(campaign.images, len(entries))
+    mpix = images * image_pixels(entries) / 1e6
+    return Plan(images, mpix, images * campaign.per_image, _SECONDS_PER_MPIX_REAL * mpix)
 
 
 def evaluate(
     campaign: Campaign,
     out: str | Path,
     *,
+    entries: Sequence[ManifestEntry] | None = None,
     cluster: str = "local",
     workers: int | None = None,
     quiet: bool = False,
@@ -105,6 +138,8 @@ def evaluate(
         A folder, made where it is missing: ``completeness.json`` (verdicts and every number behind them),
         ``completeness.png``, ``sources.parquet`` (a row an injected source), ``false_alarms.parquet`` (a row a
         detection that is nothing, of the images and of the Gaussian fields).
+    entries : sequence of ManifestEntry, optional
+        Real images to inject into instead of simulated ones.
     cluster, workers, quiet
         As for `batchproc.run`. The results are the same wherever it runs.
 
@@ -114,37 +149,27 @@ def evaluate(
         Another word for the cluster; or no image could be processed.
     """
     check_cluster(cluster)
-    tasks = simulated_tasks(campaign)
-    samples, failures = _run(simulated_sample, tasks, campaign.images, campaign, cluster, workers, quiet)
-    if not samples:
-        raise UsageError(f"none of {campaign.images} images could be processed: {'; '.join(failures[:3])}")
-    summary = summarise(samples, threshold=campaign.threshold, snr=campaign.snr, lowest=campaign.lowest)
-    return Evaluation(summary, tuple(failures), _write(Path(out), summary, samples))
-
-
-def _run(
-    function: Callable[[Any], Sample],
-    tasks: Iterable[Any],
-    total: int,
-    campaign: Campaign,
-    cluster: str,
-    workers: int | None,
-    quiet: bool,
-) -> tuple[list[Sample], list[str]]:
-    """All samples in the order of the tasks, and what failed; a bug in one ends all."""
-    say(plan(campaign).text(1 if cluster == "serial" else workers), quiet=quiet)
+    planned = plan(campaign, entries)
+    say(planned.text(1 if cluster == "serial" else workers), quiet=quiet)
     samples: dict[int, Sample] = {}
     failures: dict[int, str] = {}
-    with open_executor(cluster, workers, campaign.config.threads, total) as executor:
+    function: Callable[[Any], Sample] = simulated_sample if entries is None else real_sample
+    tasks: Iterable[Any] = simulated_tasks(campaign) if entries is None else real_tasks(entries, campaign)
+    with open_executor(cluster, workers, campaign.config.threads, planned.images) as executor:
         outcomes = sliding(executor, function, tasks)
-        for task, outcome in show(outcomes, total, "images", quiet=quiet):
+        for task, outcome in show(outcomes, planned.images, "images", quiet=quiet):
             if isinstance(outcome.error, ExposureError):
                 failures[task.index] = f"{outcome.error.stage}: {outcome.error}"
             elif outcome.error is not None:
                 raise outcome.error
             else:
                 samples[task.index] = outcome.value
-    return [samples[i] for i in sorted(samples)], [failures[i] for i in sorted(failures)]
+    words = tuple(failures[i] for i in sorted(failures))
+    if not samples:
+        raise UsageError(f"none of {planned.images} images could be processed: {'; '.join(words[:3])}")
+    in_order = [samples[i] for i in sorted(samples)]
+    summary = summarise(in_order, threshold=campaign.threshold, snr=campaign.snr, lowest=campaign.lowest)
+    return Evaluation(summary, words, _write(Path(out), summary, in_order))
 
 
 def _write(out: Path, summary: Summary, samples: Sequence[Sample]) -> tuple[Path, ...]:
@@ -152,7 +177,7 @@ def _write(out: Path, summary: Summary, samples: Sequence[Sample]) -> tuple[Path
     names = ("completeness.json", "completeness.png", "sources.parquet", "false_alarms.parquet")
     files = tuple(out / name for name in names)
     images = [{"name": s.name, "mpix": s.mpix, **s.facts} for s in samples]
-    document = {**summary.to_dict(), "images": images}
+    document = {**summary.to_dict(), "images": finite(images)}
     write_text(files[0], json.dumps(document, indent=1) + "\n")
     write_bytes(files[1], draw(summary, samples))
     _table([(s.name, s.sources, {}) for s in samples]).to_parquet(files[2], index=False)

@@ -17,20 +17,25 @@ from batchproc.imaging.cutouts import windows
 from batchproc.imaging.detect import detect
 from batchproc.imaging.measure import PointSource
 from batchproc.imaging.theory import Detectability, gaussian_difference, position_bound
-from batchproc.records import Difference
+from batchproc.records import Difference, Kernels
 
-__all__ = ["SOURCE", "Sample", "assess", "forced_flux"]
+__all__ = ["SOURCE", "TRUTH", "Sample", "forced_flux", "image_facts", "look_at_nothing", "look_at_sources"]
 
 #: One injected source. ``flux`` in electrons; ``snr``: T / σ_α expected at its place; ``expected``: probability to find
 #: it; ``scorr``, ``dx``, ``dy``: of the detection, NaN where there is none; ``pull``: (α − T) / σ_α at the injected
 #: position, found or not; ``bound_x``, ``bound_y``: smallest possible errors, pixels.
 SOURCE = np.dtype(
     [(name, np.float64) for name in ("x", "y", "flux", "snr", "expected", "scorr", "dx", "dy", "pull", "ratio")]
-    + [("bound_x", np.float64), ("bound_y", np.float64), ("flags", np.int32), ("place", "U12"), ("usable", bool)]
+    + [("bound_x", np.float64), ("bound_y", np.float64), ("flags", np.int32), ("place", "U16"), ("usable", bool)]
 )
 
-#: One detection that is nothing: signed S_corr and flags.
-ALARM = np.dtype([("x", np.float64), ("y", np.float64), ("scorr", np.float64), ("flags", np.int32)])
+#: What was put in: flux in electrons of new; ``snr``: T / σ_α expected at its place; what is there.
+TRUTH = np.dtype([*((name, np.float64) for name in ("x", "y", "flux", "snr")), ("place", "U16")])
+
+#: One detection that is nothing: signed S_corr, flags, and whether the reference has a source there.
+ALARM = np.dtype(
+    [*((name, np.float64) for name in ("x", "y", "scorr")), ("flags", np.int32), ("place", "U16")],
+)
 
 _CLEAR_FWHM = 3.0  # detections closer to an injected source are not counted as false
 
@@ -48,11 +53,11 @@ class Sample:
     mpix : float
         Area they were looked for in.
     gaussian : structured ndarray of `ALARM`
-        Detections in one Gaussian field of this image's P_D.
+        Detections in Gaussian fields of this image's P_D.
     gaussian_mpix : float
     facts : mapping
-        ``sky`` (electrons a pixel), ``rms`` (of S_corr on blank sky before renormalisation), ``rms_error``, ``fwhm``
-        (of P_D), ``seconds`` (CPU of the flow), and the receipt's quality.
+        ``sky`` (electrons a pixel), ``rms`` and ``mean`` (of S_corr on blank sky before renormalisation), ``n_blank``
+        (its pixels), ``fwhm`` (of P_D), ``image_mpix``, ``seconds`` (CPU of the flow), and numbers of the receipt.
     """
 
     name: str
@@ -64,46 +69,32 @@ class Sample:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def assess(
-    name: str,
-    result: ImageResult,
-    truth: NDArray[np.void],
-    *,
-    threshold: float,
-    lowest: float,
-    rng: np.random.Generator,
-    facts: Mapping[str, Any],
-    gain: float = 1.0,
-) -> Sample:
-    """Hold the result of one image against what was put into it.
+def look_at_sources(
+    result: ImageResult, truth: NDArray[np.void], *, threshold: float, rng: np.random.Generator, gain: float = 1.0
+) -> NDArray[np.void]:
+    """What became of each injected source.
 
     Parameters
     ----------
-    name : str
     result : ImageResult
-        Of a configuration whose detection threshold was `lowest`.
-    truth : structured ndarray (n,)
-        ``x, y, flux`` (electrons), ``snr`` (local), ``place``.
+        Of the image that holds them.
+    truth : structured ndarray (n,) of `TRUTH`
     threshold : float
-        From which a source counts as found, sigma.
-    lowest : float
-        From which false alarms are counted, sigma.
+        From which a source counts as found, sigma; not below that of the result.
     rng : Generator
-    facts : mapping
     gain : float
         Electrons per unit of the catalogue's fluxes.
+
+    Returns
+    -------
+    structured ndarray (n,) of `SOURCE`
     """
     difference = result.difference
-    ny, nx = difference.difference.shape
-    kernels = difference.kernels_at(nx / 2, ny / 2)
-    source = PointSource(kernels.psf)
+    kernels, source = _kernels(difference)
     radius = max(2.0, source.fwhm)
-    distance = _distance_to_bad(difference)
-    catalogue = result.catalogue
-    found = Found(*(np.asarray(catalogue[key]) for key in ("x", "y", "scorr", "flux", "flags")))
-
+    found = Found.of(result)
     rows = np.zeros(len(truth), SOURCE)
-    for key in ("x", "y", "flux", "snr", "place"):
+    for key in TRUTH.names or ():
         rows[key] = truth[key]
     index = found.match(truth["x"], truth["y"], np.sign(truth["flux"]), radius, threshold)
     hit = index >= 0
@@ -119,23 +110,82 @@ def assess(
     rows["expected"] = Detectability.of(kernels.psf, radius=radius, rng=rng).probability(truth["snr"], threshold)
     bounds = position_bound(kernels.psf)
     rows["bound_x"], rows["bound_y"] = (bound / truth["snr"] for bound in bounds)
-    rows["usable"] = (_at(distance, truth["x"], truth["y"]) > 1.5 * source.fwhm) & np.isfinite(rows["pull"])
+    rows["usable"] = _at(distance_to_bad(difference), truth["x"], truth["y"]) > 1.5 * source.fwhm
+    rows["usable"] &= np.isfinite(rows["pull"])
+    return rows
 
-    area = distance > 1.5 * source.fwhm
-    clear = _CLEAR_FWHM * source.fwhm
-    area &= _distance_to_points((ny, nx), truth["x"], truth["y"]) > clear
+
+def look_at_nothing(
+    result: ImageResult, x: NDArray, y: NDArray, *, lowest: float, rng: np.random.Generator, fields: int = 1
+) -> tuple[NDArray[np.void], float, NDArray[np.void]]:
+    """Detections where nothing was put, and those of Gaussian fields of the same P_D and size.
+
+    Parameters
+    ----------
+    result : ImageResult
+        Of a configuration whose detection threshold was `lowest`, sigma.
+    x, y : ndarray (n,)
+        Where something was put: within 3 FWHM of there nothing is counted, nor within 1.5 FWHM of masked pixels and
+        edges.
+    lowest : float
+    rng : Generator
+    fields : int
+        How many Gaussian fields.
+
+    Returns
+    -------
+    alarms : structured ndarray of `ALARM`
+    mpix : float
+        Area that was searched.
+    gaussian : structured ndarray of `ALARM`
+    """
+    difference = result.difference
+    shape = difference.mask.shape
+    kernels, source = _kernels(difference)
+    area = distance_to_bad(difference) > 1.5 * source.fwhm
+    area &= distance_to_points(shape, x, y) > _CLEAR_FWHM * source.fwhm
+    found = Found.of(result)
     nothing = _at(area, found.x, found.y) & (np.abs(found.scorr) > lowest)
-    field_of_noise = gaussian_difference(kernels, (ny, nx), rng)
-    noise = detect(field_of_noise, config=DetectConfig(threshold=lowest, max_candidates=10**6))
-    return Sample(
-        name=name,
-        sources=rows,
-        alarms=_alarms(found.x[nothing], found.y[nothing], found.scorr[nothing], found.flags[nothing]),
-        mpix=float(np.count_nonzero(area)) / 1e6,
-        gaussian=_alarms(noise["x"], noise["y"], noise["scorr"], noise["flags"]),
-        gaussian_mpix=ny * nx / 1e6,
-        facts={**facts, "fwhm": source.fwhm, "radius": radius},
+    near = np.where(np.asarray(result.catalogue["ref_distance"]) < 1.5 * source.fwhm, "on a source", "blank sky")
+    config = DetectConfig(threshold=lowest, max_candidates=10**6)
+    noises = [detect(gaussian_difference(kernels, shape, rng), config=config) for _ in range(fields)]
+    noise = {key: np.concatenate([n[key] for n in noises]) for key in ("x", "y", "scorr", "flags")}
+    return (
+        _alarms(found.x[nothing], found.y[nothing], found.scorr[nothing], found.flags[nothing], near[nothing]),
+        float(np.count_nonzero(area)) / 1e6,
+        _alarms(noise["x"], noise["y"], noise["scorr"], noise["flags"], np.full(len(noise["x"]), "blank sky")),
     )
+
+
+def image_facts(result: ImageResult, blank: NDArray[np.bool_]) -> dict[str, Any]:
+    """Noise of S_corr on blank sky, and what else of the receipt explains the rest.
+
+    Parameters
+    ----------
+    result : ImageResult
+    blank : ndarray (ny, nx) of bool
+        Pixels that hold sky alone.
+    """
+    quality = result.receipt.quality
+    values = result.difference.score_corr[blank & (result.difference.mask == 0)].astype(np.float64)
+    values *= quality["renormalisation"]
+    fwhm = _kernels(result.difference)[1].fwhm
+    names = ("fwhm_new", "fwhm_ref", "renormalisation", "flux_ratio", "residual_amplitude", "residual_shift")
+    return {
+        "rms": float(values.std()) if values.size else float("nan"),
+        "mean": float(values.mean()) if values.size else float("nan"),
+        "n_blank": int(values.size),
+        "fwhm": fwhm,
+        "image_mpix": result.difference.mask.size / 1e6,
+        "masked_fraction": float(np.mean(result.difference.mask != 0)),
+        **{name: quality[name] for name in names},
+    }
+
+
+def _kernels(difference: Difference) -> tuple[Kernels, PointSource]:
+    ny, nx = difference.mask.shape
+    kernels = difference.kernels_at(nx / 2, ny / 2)
+    return kernels, PointSource(kernels.psf)
 
 
 @dataclass(frozen=True)
@@ -147,6 +197,11 @@ class Found:
     scorr: NDArray[np.float64]
     flux: NDArray[np.float64]
     flags: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, result: ImageResult) -> Found:
+        """Those of a result."""
+        return cls(*(np.asarray(result.catalogue[key]) for key in ("x", "y", "scorr", "flux", "flags")))
 
     def match(self, x: NDArray, y: NDArray, sign: NDArray, radius: float, threshold: float) -> NDArray[np.int64]:
         """For each place the nearest detection of that sign above the threshold, −1 where none is within the radius."""
@@ -186,13 +241,14 @@ def forced_flux(difference: Difference, x: NDArray, y: NDArray) -> tuple[NDArray
     return out[0], out[1]
 
 
-def _distance_to_bad(difference: Difference) -> NDArray[np.float64]:
+def distance_to_bad(difference: Difference) -> NDArray[np.float64]:
     """Of every pixel, to the nearest masked one or the edge of the image, pixels."""
     good = np.pad(difference.mask == 0, 1, constant_values=False)
     return np.asarray(distance_transform_edt(good))[1:-1, 1:-1]
 
 
-def _distance_to_points(shape: tuple[int, int], x: NDArray, y: NDArray) -> NDArray[np.float64]:
+def distance_to_points(shape: tuple[int, int], x: NDArray, y: NDArray) -> NDArray[np.float64]:
+    """Of every pixel, to the nearest of these places, pixels; inf where there is none inside the image."""
     empty = np.ones(shape, bool)
     column, row = np.rint(x).astype(int), np.rint(y).astype(int)
     inside = (column >= 0) & (column < shape[1]) & (row >= 0) & (row < shape[0])
@@ -208,8 +264,8 @@ def _at(plane: NDArray, x: NDArray, y: NDArray) -> NDArray:
     return plane[row, column]
 
 
-def _alarms(x: NDArray, y: NDArray, scorr: NDArray, flags: NDArray) -> NDArray[np.void]:
+def _alarms(x: NDArray, y: NDArray, scorr: NDArray, flags: NDArray, place: NDArray) -> NDArray[np.void]:
     rows = np.zeros(len(x), ALARM)
-    for name, values in (("x", x), ("y", y), ("scorr", scorr), ("flags", flags)):
+    for name, values in (("x", x), ("y", y), ("scorr", scorr), ("flags", flags), ("place", place)):
         rows[name] = values
     return rows

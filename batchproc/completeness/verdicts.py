@@ -76,7 +76,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Rate:
-    """False alarms of one sign above one threshold, per Mpix, and those of Gaussian fields of the same correlation."""
+    """Unflagged false alarms of one sign above one threshold, and those of Gaussian fields of the same correlation."""
 
     threshold: float
     sign: int
@@ -107,7 +107,7 @@ class Rate:
         if total == 0:
             return 0.0, float("inf")
         low, high = stats.binomtest(self.found, total).proportion_ci(_BAND)
-        return exposure * low / max(1 - low, 1e-12), exposure * high / max(1 - high, 1e-12)
+        return exposure * low / max(1 - low, 1e-12), exposure * high / (1 - high) if high < 1 else float("inf")
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,12 @@ class Summary:
     verdicts : tuple of Verdict
     bins : tuple of Bin
     rates : tuple of Rate
-    skies : mapping of float to dict
-        By sky level: images, rms of S_corr on blank sky before renormalisation, its standard error.
+    skies : mapping of str to dict
+        By sky level: images, rms and mean of S_corr on blank sky before renormalisation, standard error of the rms.
     places : mapping of str to dict
-        By place of the sources: n, found, expected.
+        By place of the sources: n, found, unflagged, expected, mean and width of their flux pulls.
+    alarm_places : mapping of str to dict
+        By what the reference has at the place: unflagged false alarms above the threshold, of both signs; flagged.
     facts : mapping
         images, mpix, sources, cpu_seconds_per_mpix …
     """
@@ -130,8 +132,9 @@ class Summary:
     verdicts: tuple[Verdict, ...]
     bins: tuple[Bin, ...]
     rates: tuple[Rate, ...]
-    skies: dict[float, dict[str, float]]
+    skies: dict[str, dict[str, float]]
     places: dict[str, dict[str, float]]
+    alarm_places: dict[str, dict[str, int]]
     facts: dict[str, Any]
 
     @property
@@ -140,17 +143,29 @@ class Summary:
         return all(verdict.ok is not False for verdict in self.verdicts)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """For JSON; what is not a finite number is None."""
         rates = [{**asdict(r), "ratio": r.ratio, "interval": r.interval} for r in self.rates]
-        return {
+        document = {
             "ok": self.ok,
             "facts": self.facts,
             "verdicts": [asdict(v) for v in self.verdicts],
             "bins": [{**asdict(b), "inside": b.inside} for b in self.bins],
             "false_alarms": rates,
-            "skies": {f"{sky:g}": values for sky, values in self.skies.items()},
+            "skies": self.skies,
             "places": self.places,
+            "alarm_places": self.alarm_places,
         }
+        plain: dict[str, Any] = finite(document)
+        return plain
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def summarise(samples: Sequence[Sample], *, threshold: float, snr: tuple[float, float], lowest: float) -> Summary:
@@ -183,6 +198,7 @@ def summarise(samples: Sequence[Sample], *, threshold: float, snr: tuple[float, 
         rates=rates,
         skies=skies,
         places={str(place): _count(sources[sources["place"] == place]) for place in np.unique(sources["place"])},
+        alarm_places=_alarm_places(samples, threshold),
         facts=_facts(samples, sources),
     )
 
@@ -222,11 +238,12 @@ def poisson_binomial(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def false_alarm_rates(samples: Sequence[Sample], levels: Sequence[float]) -> Iterator[Rate]:
-    """Both signs at each threshold, summed over the images."""
-    alarms = np.concatenate([s.alarms["scorr"] for s in samples])
-    gaussian = np.concatenate([s.gaussian["scorr"] for s in samples])
+    """Both signs at each threshold, summed over the images; detections without flags, in both kinds of field."""
+    alarms = np.concatenate([_unflagged(s.alarms) for s in samples])
+    gaussian = np.concatenate([_unflagged(s.gaussian) for s in samples])
     # Images have other PSFs, hence other rates: each counts with the area that it was searched in.
-    weight = np.concatenate([np.full(len(s.gaussian), s.mpix / max(s.gaussian_mpix, 1e-12)) for s in samples])
+    shares = [(len(_unflagged(s.gaussian)), s.mpix / max(s.gaussian_mpix, 1e-12)) for s in samples]
+    weight = np.concatenate([np.full(n, share) for n, share in shares])
     mpix = sum(s.mpix for s in samples)
     gaussian_mpix = sum(s.gaussian_mpix for s in samples)
     for level in levels:
@@ -244,27 +261,37 @@ def false_alarm_rates(samples: Sequence[Sample], levels: Sequence[float]) -> Ite
             )
 
 
-def _by_sky(samples: Sequence[Sample]) -> dict[float, dict[str, float]]:
+def _unflagged(rows: NDArray[np.void]) -> NDArray[np.float64]:
+    return rows["scorr"][rows["flags"] == 0]
+
+
+def _by_sky(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
     """Rms of S_corr on blank sky: the mean over images, each weighing with its number of independent areas."""
     out = {}
-    for sky in sorted({s.facts["sky"] for s in samples}):
-        rms, weight = [], []
+    for sky in dict.fromkeys(s.facts["sky"] for s in samples):
+        rms, mean, weight = [], [], []
         for s in samples:
             if s.facts["sky"] == sky and s.facts["n_blank"]:
                 rms.append(s.facts["rms"])
+                mean.append(s.facts["mean"])
                 weight.append(s.facts["n_blank"] / s.facts["fwhm"] ** 2)
         if rms:
-            mean = float(np.sqrt(np.average(np.square(rms), weights=weight)))
+            wide = float(np.sqrt(np.average(np.square(rms), weights=weight)))
             # The square of Gaussian noise is independent over some 2.3 FWHM² of P_D: 4 π σ², σ that of P_D.
             error = float(np.sqrt(0.5 * 4 * np.pi / 2.3548**2 / np.sum(weight)))
-            out[float(sky)] = {"images": len(rms), "rms": mean, "error": error}
+            out[sky] = {
+                "images": len(rms),
+                "rms": wide,
+                "error": error,
+                "mean": float(np.average(mean, weights=weight)),
+            }
     return out
 
 
-def _noise_verdicts(skies: dict[float, dict[str, float]]) -> Iterator[Verdict]:
+def _noise_verdicts(skies: dict[str, dict[str, float]]) -> Iterator[Verdict]:
     for sky, values in skies.items():
         yield Verdict(
-            f"S_corr rms, blank sky of {sky:g} e-",
+            f"S_corr rms, blank sky of {sky}",
             "1.00 ± 0.01",
             f"{values['rms']:.4f} ± {values['error']:.4f}",
             abs(values["rms"] - 1) <= 0.01,
@@ -356,8 +383,24 @@ def _count(rows: NDArray[np.void]) -> dict[str, float]:
     }
 
 
+def _alarm_places(samples: Sequence[Sample], threshold: float) -> dict[str, dict[str, int]]:
+    rows = np.concatenate([s.alarms for s in samples])
+    rows = rows[np.abs(rows["scorr"]) > threshold]
+    out = {}
+    for place in np.unique(rows["place"]):
+        here = rows[rows["place"] == place]
+        clean = here["flags"] == 0
+        positive = here["scorr"] > 0
+        out[str(place)] = {
+            "positive": int((clean & positive).sum()),
+            "negative": int((clean & ~positive).sum()),
+            "flagged": int((~clean).sum()),
+        }
+    return out
+
+
 def _facts(samples: Sequence[Sample], sources: NDArray[np.void]) -> dict[str, Any]:
-    searched, total = (sum(getattr(s, name) for s in samples) for name in ("mpix", "gaussian_mpix"))
+    searched, total = sum(s.mpix for s in samples), sum(s.facts["image_mpix"] for s in samples)
     return {
         "images": len(samples),
         "mpix": total,
@@ -365,7 +408,6 @@ def _facts(samples: Sequence[Sample], sources: NDArray[np.void]) -> dict[str, An
         "sources": int(sum(len(s.sources) for s in samples)),
         "sources_used": len(sources),
         "cpu_seconds_per_mpix": sum(s.facts["seconds"] for s in samples) / max(total, 1e-12),
-        "flagged_alarms": int(sum(np.count_nonzero(s.alarms["flags"]) for s in samples)),
     }
 
 
