@@ -24,6 +24,7 @@ from batchproc.imaging.background import Background, measure_background
 from batchproc.imaging.centres import match_centres
 from batchproc.imaging.cutouts import cut, round_to_noise
 from batchproc.imaging.detect import Candidates, detect
+from batchproc.imaging.noise import measure_autocorrelation, seen_by
 from batchproc.imaging.photometry import FluxRatio, KeptPsf, measure_flux_ratio, psf_flux
 from batchproc.imaging.psf import fit_psf
 from batchproc.imaging.saturation import grow_saturated, saturated_stars
@@ -107,18 +108,18 @@ def subtract_exposures(
     with clock("background"):
         sky = measure_background(new.data, new.mask, config.background)
         sky_ref = measure_background(aligned.ref.data, aligned.ref.mask, config.background)
-        # Interpolated noise is correlated: a matched filter meets more of it than the rms of single pixels tells.
-        rms_ref = np.sqrt(aligned.noise_kept)
-        np.divide(sky_ref.rms, rms_ref, out=rms_ref)
         image = sky.subtracted(new.data, new.mask)
         reference = sky_ref.subtracted(aligned.ref.data, aligned.ref.mask)
     with clock("psf"):
         stars = find_stars(image, sky.rms, new.mask, saturation=new.saturation - sky.global_level, config=config.psf)
         psf, psf_quality = _psf_of(new, image, sky, config, "new", stars)
         psf_ref, psf_ref_quality = _psf_of(aligned.ref, reference, sky_ref, config, "ref")
+        noise, seen = _noise_of(image, new.mask, sky, psf, None)
+        noise_ref, seen_ref = _noise_of(reference, aligned.ref.mask, sky_ref, psf_ref, aligned.noise)
     with clock("photometry"):
-        variance = _total_variance(new, image, sky.rms, psf)
-        variance_ref = _total_variance(aligned.ref, reference, rms_ref, psf_ref)
+        # As filters see it that are as wide as a PSF; the pixels by themselves scatter less where they are correlated.
+        variance = _total_variance(new, image, sky.rms * np.float32(np.sqrt(seen)), psf)
+        variance_ref = _total_variance(aligned.ref, reference, sky_ref.rms * np.float32(np.sqrt(seen_ref)), psf_ref)
         # Centroids and PSF fits differ by hundredths of a pixel: the PSF of ref goes where its stars are.
         kept, kept_ref = KeptPsf(psf), KeptPsf(psf_ref)
         centres = match_centres(
@@ -135,10 +136,14 @@ def subtract_exposures(
         )
         ratio = _flux_ratio(new, aligned.ref, image, reference, variance, variance_ref, kept, centres.psf, stars)
         psf_ref = replace(centres.psf, psf=psf_ref)
+        variance *= np.float32(1 / seen)
+        variance_ref *= np.float32(1 / seen_ref)
+        rms_ref = sky_ref.rms
         # Flat fields and thin clouds make the ratio vary across the image; what is left is one number.
         if ratio.varies:
             evened = ratio.image(new.shape)
-            for plane in (reference, rms_ref, variance_ref, variance_ref):
+            rms_ref = rms_ref * evened
+            for plane in (reference, variance_ref, variance_ref):
                 plane *= evened
         registration = (centres.rms_x, centres.rms_y) if centres.n_stars else (aligned.rms_x, aligned.rms_y)
     with clock("subtract"):
@@ -156,6 +161,8 @@ def subtract_exposures(
             mask_ref=grow_saturated(aligned.ref.mask, psf_ref.fwhm),
             registration_sigma=registration,
             flux_ratio_error=ratio.error / ratio.value,
+            noise_new=noise,
+            noise_ref=noise_ref,
             tile=config.subtract.tile,
             renormalise=config.subtract.renormalise,
             star_residuals=config.subtract.star_residuals,
@@ -252,6 +259,21 @@ def _psf_of(
         raise PsfError(f"{which} ({exposure.meta.get('path', '?')}): {error}", image=which, **error.metadata) from None
     quality = {f"psf_{key}": value for key, value in model.quality.items() if key != "n_stars"}
     return model, {"fwhm": model.fwhm, "psf": "measured", "n_psf_stars": model.n_stars, **quality}
+
+
+def _noise_of(
+    data: NDArray, mask: NDArray[np.uint8], sky: Background, psf: PsfLike, expected: NDArray[np.float64] | None
+) -> tuple[NDArray[np.float64] | None, float]:
+    """Autocorrelation of the noise (None where it is white), and how much more of it than white noise a PSF sees.
+
+    Measured; where there are too few pixels for that, what the resampling is expected to do.
+    """
+    stamp = psf.at((data.shape[1] - 1) / 2, (data.shape[0] - 1) / 2)
+    measured = measure_autocorrelation(data, mask, sky.rms, psf=stamp)
+    acf = measured.values if np.isfinite(measured.error) else expected
+    if acf is None or np.count_nonzero(acf) == 1:
+        return None, 1.0
+    return acf, seen_by(stamp, acf)
 
 
 def _total_variance(exposure: Exposure, data: NDArray, rms: NDArray, psf: PsfLike) -> NDArray[np.float32]:

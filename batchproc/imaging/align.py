@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import uniform_filter
 
 from batchproc.config import AlignConfig
 from batchproc.errors import AlignError
 from batchproc.imaging.join import PSF_STEP, JoinedPsf, MappedPsf, join, star_flux_ratio, weights_of
+from batchproc.imaging.noise import kernel_autocorrelation
 from batchproc.imaging.pixelmap import PixelMap
 from batchproc.imaging.place import Field, Placed, name_of, overlapping, place, settled
 from batchproc.imaging.registration import Registration, measure_registration
@@ -49,9 +49,9 @@ class Aligned:
         Registration error that is left, pixels of new (for E30); of the worst reference, where several.
     overlap : float
         Fraction of new that has reference data.
-    noise_kept : ndarray (ny, nx) float32
-        Local mean of that of `Resampled`; 1 where nothing was interpolated. A sky rms that is measured on the pixels of
-        ref has to be divided by its root before a matched filter may use it.
+    noise : ndarray (n, n) float64 or None
+        Autocorrelation of the noise, 1 in the middle, as interpolation makes it of white noise; None where nothing was
+        interpolated.
     interpolated : bool
         False where the grids are the same and ref was returned as it is.
     n_refs : int
@@ -65,7 +65,7 @@ class Aligned:
     rms_x: float
     rms_y: float
     overlap: float
-    noise_kept: NDArray[np.float32]
+    noise: NDArray[np.float64] | None
     interpolated: bool
     n_refs: int
     placed: Placed
@@ -139,13 +139,13 @@ def align(new: Exposure, refs: Sequence[Exposure], config: AlignConfig | None = 
     n_refs = len(placed)
     interpolated = n_refs > 1 or not placed[0].is_unchanged
     if not interpolated:
-        ref, noise_kept = replace(placed[0].field.exposure, wcs=new.wcs), np.ones(new.shape, np.float32)
+        ref, noise = replace(placed[0].field.exposure, wcs=new.wcs), None
     elif n_refs == 1:
-        ref, noise_kept = _resample_one(new, placed[0], config)
+        ref, noise = _resample_one(new, placed[0], config)
     else:
         layers = _layers(field, placed, config)
         n_refs = len(layers)
-        ref, noise_kept = _join(new, layers, config)
+        ref, noise = _join(new, layers, config)
     rms_x, rms_y = np.max([p.rms for p in placed], axis=0)
     return Aligned(
         ref=ref,
@@ -154,15 +154,15 @@ def align(new: Exposure, refs: Sequence[Exposure], config: AlignConfig | None = 
         n_matches=sum(p.registration.n_matches for p in good),
         rms_x=float(rms_x),
         rms_y=float(rms_y),
-        overlap=float(np.mean((ref.mask & MaskBit.NO_DATA) == 0)),
-        noise_kept=noise_kept,
+        overlap=1 - np.count_nonzero(ref.mask & MaskBit.NO_DATA) / ref.mask.size,
+        noise=noise,
         interpolated=interpolated,
         n_refs=n_refs,
         placed=best,
     )
 
 
-def _resample_one(new: Exposure, placed: Placed, config: AlignConfig) -> tuple[Exposure, NDArray[np.float32]]:
+def _resample_one(new: Exposure, placed: Placed, config: AlignConfig) -> tuple[Exposure, NDArray[np.float64]]:
     """One reference on new's grid, its sky with it."""
     ref, pixel_map = placed.field.exposure, placed.pixel_map
     image = resample(ref.data, pixel_map, new.shape, variance=ref.variance, mask=ref.mask, order=config.kernel_order)
@@ -170,13 +170,13 @@ def _resample_one(new: Exposure, placed: Placed, config: AlignConfig) -> tuple[E
     aligned = replace(
         ref,
         data=image.data,
-        variance=_white_variance(image),
+        variance=image.variance,
         mask=image.mask,
         psf=psf,
         saturation=ref.saturation * pixel_map.area,
         wcs=new.wcs,
     )
-    return aligned, _local_mean(image.noise_kept)
+    return aligned, kernel_autocorrelation(pixel_map, config.kernel_order)
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _layers(new: Field, placed: Sequence[Placed], config: AlignConfig) -> list[_
     return layers
 
 
-def _join(new: Exposure, layers: Sequence[_Layer], config: AlignConfig) -> tuple[Exposure, NDArray[np.float32]]:
+def _join(new: Exposure, layers: Sequence[_Layer], config: AlignConfig) -> tuple[Exposure, NDArray[np.float64]]:
     """Several references as one image without sky, in the flux system of the first."""
     images = [layer.image for layer in layers]
     weights = weights_of(images, [layer.rms for layer in layers])
@@ -231,35 +231,16 @@ def _join(new: Exposure, layers: Sequence[_Layer], config: AlignConfig) -> tuple
     aligned = replace(
         layers[0].placed.field.exposure,
         data=joined.data,
-        variance=_white_variance(joined),
+        variance=joined.variance,
         mask=joined.mask,
         psf=psf,
         saturation=min(layer.saturation for layer in layers),
         wcs=new.wcs,
     )
-    return aligned, _local_mean(joined.noise_kept)
-
-
-def _white_variance(image: Resampled) -> NDArray[np.float32] | None:
-    """The variance of white noise that sums over many pixels cannot tell from this image's."""
-    if image.variance is None:
-        return None
-    return np.divide(image.variance, image.noise_kept, out=image.variance.copy(), where=image.noise_kept > 0)
-
-
-def _local_mean(noise_kept: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Mean of the non-zero values over some 64 pixels (in steps of 16): what a sky rms of a mesh cell contains."""
-    block = 16
-    edges = [np.arange(0, n, block) for n in noise_kept.shape]
-
-    def block_sums(plane: NDArray) -> NDArray:
-        sums = np.add.reduceat(np.add.reduceat(plane, edges[1], axis=1), edges[0], axis=0)
-        return uniform_filter(sums.astype(np.float64), 4)
-
-    total, count = block_sums(noise_kept), block_sums((noise_kept > 0).astype(np.float32))
-    mean = np.divide(total, count, out=np.ones_like(total), where=count > 1e-6).astype(np.float32)
-    full = np.repeat(np.repeat(mean, block, axis=0), block, axis=1)
-    return full[: noise_kept.shape[0], : noise_kept.shape[1]]
+    # Weights are inverse variances of the sky: each part has its weight's share in the variance of the sum.
+    share = weights.mean(axis=(1, 2), dtype=np.float64)
+    acfs = [kernel_autocorrelation(layer.placed.pixel_map, config.kernel_order) for layer in layers]
+    return aligned, np.average(acfs, axis=0, weights=share)
 
 
 def _flux_scale(new: Field, first: _Layer, layer: _Layer) -> float | None:

@@ -16,11 +16,13 @@ def fill_bad(data: NDArray[np.float32], bad: NDArray[np.bool_], rings: int) -> N
     it.
     """
     filled = data.copy()
-    filled[bad] = 0.0
-    good_values = data[~bad]
-    stride = max(1, good_values.size // 100_000)
-    level = np.median(good_values[::stride]) if good_values.size else np.float32(0.0)
     ys, xs = np.nonzero(bad)
+    filled[ys, xs] = 0.0
+    every = max(1, data.size // 100_000)
+    good_values = data.ravel()[::every][~bad.ravel()[::every]]
+    if good_values.size == 0:
+        good_values = data[~bad]
+    level = np.median(good_values) if good_values.size else np.float32(0.0)
     _fill_rings(filled, bad.copy(), ys, xs, rings, np.float32(level))
     return filled
 
@@ -65,14 +67,16 @@ def _fill_rings(filled, bad, ys, xs, rings, level):  # type: ignore[no-untyped-d
 def dilate(bad, reach):  # type: ignore[no-untyped-def]
     """True within `reach` pixels along x and y of a bad pixel."""
     ny, nx = bad.shape
-    rows = np.zeros_like(bad)
+    grown = np.zeros_like(bad)
+    row = np.empty(nx, np.bool_)
     for y in range(ny):
+        if not bad[y].any():
+            continue
+        row[:] = False
         for x in range(nx):
             if bad[y, x]:
-                rows[y, max(x - reach, 0) : min(x + reach + 1, nx)] = True
-    grown = np.zeros_like(bad)
-    for y in range(ny):
+                row[max(x - reach, 0) : min(x + reach + 1, nx)] = True
         for v in range(max(y - reach, 0), min(y + reach + 1, ny)):
             for x in range(nx):
-                grown[y, x] |= rows[v, x]
+                grown[v, x] |= row[x]
     return grown

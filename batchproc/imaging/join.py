@@ -142,19 +142,14 @@ def join(images: Sequence[Resampled], scales: Sequence[float], weights: NDArray[
     with_variance = all(image.variance is not None for image in images)
     variance = np.zeros_like(data) if with_variance else None
     mask = np.zeros(data.shape, np.uint8)
-    by_itself, in_sums = np.zeros_like(data), np.zeros_like(data)
     for image, scale, weight in zip(images, scales, weights, strict=True):
         data += weight * np.float32(scale) * image.data
         if variance is not None and image.variance is not None:
             variance += (weight * np.float32(scale)) ** 2 * image.variance
         mask |= np.where(weight > 0, image.mask, 0)
-        # Weights are inverse variances, so each part adds w² σ² ∝ w to the noise of sums, and a share of it to a pixel.
-        by_itself += weight * image.noise_kept
-        in_sums += np.where(image.noise_kept > 0, weight, 0)
     nothing = weights.sum(axis=0) <= 0
     mask[nothing] = MaskBit.NO_DATA
-    kept = np.divide(by_itself, in_sums, out=np.zeros_like(data), where=in_sums > 0)
-    return Resampled(data, variance, mask, kept)
+    return Resampled(data, variance, mask)
 
 
 def star_flux_ratio(

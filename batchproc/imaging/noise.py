@@ -22,6 +22,7 @@ __all__ = [
     "measure_autocorrelation",
     "noise_autocorrelation",
     "noise_power",
+    "seen_by",
 ]
 
 #: Side of the windows that are looked at, and what is looked at around them for sources that reach in.
@@ -194,6 +195,17 @@ def noise_power(acf: ArrayLike, shape: tuple[int, int]) -> NDArray[np.float32]:
     last = rows[-1] if shape[1] % 2 == 0 else 0.0
     mean = (2 * rows.sum() - rows[0] - last) / shape[1]
     return (power / mean).astype(np.float32)
+
+
+def seen_by(psf: NDArray, acf: NDArray[np.float64]) -> float:
+    """Variance of this noise after a filter of the shape of the PSF, in units of that of white noise of the same rms.
+
+    ``Σ_d acf(d) p(d)``, p the autocorrelation of the PSF, 1 at zero lag: above 1 for what an interpolation leaves.
+    """
+    lag = len(acf) // 2
+    steps = np.arange(-lag, lag + 1)
+    lags = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
+    return max(float(_psf_autocorrelation(psf, lags) @ acf.ravel()), FLOOR)
 
 
 def _half_plane(reach: int) -> NDArray[np.int64]:

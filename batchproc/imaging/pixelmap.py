@@ -190,10 +190,15 @@ class PixelMap:
 
     def is_identity(self, tolerance: float = 1e-3) -> bool:
         """Whether every pixel lies on the pixel of ref with the same indices, to within `tolerance` pixels."""
+        return self.whole_shift(tolerance) == (0, 0)
+
+    def whole_shift(self, tolerance: float = 1e-3) -> tuple[int, int] | None:
+        """(dx, dy) where every pixel (x, y) lies on (x + dx, y + dy) of ref, to within `tolerance` pixels; or None."""
         ys, xs = self._axes()
-        x, y = np.meshgrid(xs, ys)
-        off = np.maximum(np.abs(self.nodes[0, 0] - x), np.abs(self.nodes[1, 0] - y))
-        return bool(self.valid.all() and off.max() < tolerance)
+        off_x, off_y = self.nodes[0, 0] - xs[None, :], self.nodes[1, 0] - ys[:, None]
+        dx, dy = round(float(np.median(off_x))), round(float(np.median(off_y)))
+        off = max(float(np.abs(off_x - dx).max()), float(np.abs(off_y - dy).max()))
+        return (dx, dy) if off < tolerance and bool(self.valid.all()) else None
 
     def bounds(self) -> tuple[float, float, float, float]:
         """x_min, x_max, y_min, y_max on ref of the valid part of the map."""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
-import sep
 from numpy.typing import NDArray
 
 from batchproc.config import AlignConfig
 from batchproc.errors import AlignError
+from batchproc.imaging.background import measure_background
 from batchproc.imaging.patterns import match_patterns
 from batchproc.imaging.pixelmap import PixelMap
 from batchproc.imaging.registration import Registration, register
-from batchproc.imaging.starlist import MAX_STARS, Stars, detect_stars
+from batchproc.imaging.starlist import MAX_STARS, Stars, detect_stars, rough_sky
 from batchproc.records import Exposure
 
 __all__ = ["Field", "Placed", "name_of", "overlapping", "place", "settled"]
@@ -27,30 +28,25 @@ CROP_MARGIN = 64
 
 @dataclass(frozen=True)
 class Field:
-    """An image with what a first look at it tells: a quick background, its noise, its stars."""
+    """An image with what a first look at it tells: its noise and its stars."""
 
     exposure: Exposure
-    subtracted: NDArray[np.float32]
     rms: float
     stars: Stars
 
     @classmethod
     def of(cls, image: Exposure) -> Field:
         """Look at an image; one that is masked all over has no stars."""
-        data = np.ascontiguousarray(image.data, np.float32)
-        bad = (image.mask != 0) | ~np.isfinite(data)
-        if bad.all():
-            return cls(image, np.zeros_like(data), 1.0, Stars(*np.empty((5, 0))))
-        if bad.any():
-            data = np.where(bad, np.float32(0), data)
-        background = sep.Background(data, mask=bad, bw=64, bh=64)
-        level = background.back(dtype=np.float32)
-        subtracted = data - level
-        subtracted[bad] = 0.0
-        # A simulated image without noise has no sigma to count in: any small number will do.
-        rms = float(background.globalrms) or 1e-3
-        stars = detect_stars(subtracted, bad, image.saturation, background=level, rms=rms)
-        return cls(image, subtracted, rms, stars)
+        data, mask = np.ascontiguousarray(image.data, np.float32), np.ascontiguousarray(image.mask, np.uint8)
+        sky = rough_sky(data, mask)
+        return cls(image, float(np.median(sky.rms)), detect_stars(data, mask, image.saturation, sky=sky))
+
+    @cached_property
+    def subtracted(self) -> NDArray[np.float32]:
+        """The image without its sky, 0 where bad."""
+        data, mask = self.exposure.data, self.exposure.mask
+        level = measure_background(data, mask != 0).level
+        return np.where((mask != 0) | ~np.isfinite(data), np.float32(0), data - level)
 
 
 @dataclass(frozen=True)
