@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from batchproc.config import Config
     from batchproc.errors import BatchprocError, ExposureError
+    from batchproc.explore import difference
     from batchproc.flow import process_image
     from batchproc.imaging import simulate
     from batchproc.imaging.align import align
@@ -34,6 +35,7 @@ _HOMES = {
     "Flag": "batchproc.records",
     "MaskBit": "batchproc.records",
     "align": "batchproc.imaging.align",
+    "difference": "batchproc.explore",
     "load_model": "batchproc.io.models",
     "open_catalogue": "batchproc.io.catalogue",
     "open_stamps": "batchproc.io.stamps",
@@ -50,6 +52,7 @@ __all__ = [
     "Flag",
     "MaskBit",
     "align",
+    "difference",
     "load_model",
     "open_catalogue",
     "open_stamps",

@@ -352,7 +352,7 @@ def prepare(
     mask_new = no_mask if mask_new is None else mask_new
     mask_ref = no_mask if mask_ref is None else mask_ref
     rows, columns, n_good = _bad_in_both(mask_new, mask_ref, np.uint8(MaskBit.NO_DATA))
-    if n_good == 0:
+    if n_good == 0 and tiles is None:
         raise SubtractError(
             "no pixel is good in both new and ref: check the masks, and that the reference covers the image",
             n_bad_new=int(np.count_nonzero(mask_new)),

@@ -22,6 +22,8 @@ from batchproc.records import Exposure, MaskBit, PsfLike
 
 __all__ = ["Image", "Part", "load_part", "open_image"]
 
+_KNOWN = MaskBit.BAD | MaskBit.SATURATED | MaskBit.NO_DATA | MaskBit.COSMIC_RAY
+
 
 @dataclass(frozen=True)
 class Part:
@@ -131,12 +133,13 @@ def open_image(
 
 def load_part(cut: tuple[Any, ...]) -> Part:
     """Read what `Image.cut` stands for."""
-    data, mask, variance, sigma = (piece.read() if isinstance(piece, Piece) else piece for piece in cut)
-    if isinstance(data, Exposure):
-        mask = data.mask if mask is None else mask
-        data, variance = data.data, data.variance if variance is None else variance
-    data = np.asarray(data, np.float32)
-    bits = np.zeros(data.shape, np.uint8) if mask is None else np.array(mask, np.uint8)
+    pixels, mask, variance, sigma = (piece.read() if isinstance(piece, Piece) else piece for piece in cut)
+    if isinstance(pixels, Exposure):
+        mask = pixels.mask if mask is None else mask
+        variance = pixels.variance if variance is None else variance
+        pixels = pixels.data
+    data = np.asarray(pixels, np.float32)
+    bits = np.zeros(data.shape, np.uint8) if mask is None else _bits(np.asarray(mask))
     bad = ~np.isfinite(data)
     if variance is not None:
         variance = np.asarray(variance, np.float32)
@@ -184,6 +187,13 @@ class MappedPixels:
 
     def __getitem__(self, area: Section) -> NDArray:
         return np.array(np.memmap(self.path, self.dtype, "r", self.offset, self.shape)[area])
+
+
+def _bits(mask: NDArray) -> NDArray[np.uint8]:
+    """Bits of `MaskBit`; whatever else is not zero is BAD."""
+    bits = mask.astype(np.uint8) & np.uint8(_KNOWN)
+    bits[(mask != 0) & (bits == 0)] = np.uint8(MaskBit.BAD)
+    return bits  # type: ignore[no-any-return]
 
 
 def _array(given: Any) -> Any:
