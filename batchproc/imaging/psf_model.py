@@ -61,7 +61,7 @@ class EllipticalProfile:
 
 @njit(cache=True)
 def inverse_shape(shape):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """Exponential of the symmetric matrices −[[mean + half, cross], [cross, mean − half]], (n, 3), as rows xx, yy, xy."""
+    """Exponentials (n, 3) of −[[mean + half, cross], [cross, mean − half]], as rows xx, yy, xy."""
     out = np.empty(shape.shape)
     for n in range(shape.shape[0]):
         mean, half, cross = shape[n, 0], shape[n, 1], shape[n, 2]
