@@ -61,8 +61,8 @@ class LazyDifference:
         As in `batchproc.records.Difference`; float32, the mask uint8. A chunk is a tile.
     y0, x0 : int
         Where this part begins on new.
-    wcs : astropy.wcs.WCS or None
-        Of this part: pixel (0, 0) is its own first one.
+    wcs_new : astropy.wcs.WCS or None
+        Of the whole of new.
     recipe : Recipe
     """
 
@@ -73,13 +73,19 @@ class LazyDifference:
     mask: da.Array
     y0: int
     x0: int
-    wcs: Any
+    wcs_new: Any
     recipe: Recipe
 
     @property
     def shape(self) -> tuple[int, int]:
         """(ny, nx)."""
         return self.score_corr.shape  # type: ignore[no-any-return]
+
+    @property
+    def wcs(self) -> Any:
+        """The WCS of this part, whose first pixel is (0, 0); None where new has none."""
+        (ny, nx), y, x = self.shape, self.y0, self.x0
+        return None if self.wcs_new is None else self.wcs_new.slice(np.s_[y : y + ny, x : x + nx])
 
     @property
     def y(self) -> NDArray[np.int64]:
@@ -99,7 +105,6 @@ class LazyDifference:
             **{name: getattr(self, name)[rows, columns] for name in _FIELDS},
             y0=self.y0 + rows.start,
             x0=self.x0 + columns.start,
-            wcs=None if self.wcs is None else self.wcs.slice((rows, columns)),
         )
 
     def to_xarray(self) -> Any:
@@ -113,9 +118,8 @@ class LazyDifference:
         except ImportError as error:
             raise UsageError("xarray is not installed: pip install 'batchproc[explore]'") from error
         attrs = {"renormalisation": self.recipe.renormalisation, "flux_ratio": self.recipe.flux_ratio}
-        if self.wcs is not None:
-            whole = self.wcs.slice((slice(-self.y0, None), slice(-self.x0, None)))
-            attrs["wcs"] = whole.to_header(relax=True).tostring(sep="\n")
+        if self.wcs_new is not None:
+            attrs["wcs"] = self.wcs_new.to_header(relax=True).tostring(sep="\n")
         return xarray.Dataset(
             {name: (("y", "x"), getattr(self, name)) for name in _FIELDS}, {"y": self.y, "x": self.x}, attrs
         )
@@ -148,7 +152,8 @@ def difference(
     new, ref : array_like (ny, nx), Exposure, str or Path
         On the same pixel grid (`batchproc.align` brings ref there), in electrons. NumPy, dask, zarr and HDF5 arrays and
         memory maps are taken as they are; a path is that of a FITS file, plain or tile-compressed, ``path[hdu]`` of
-        several. They may be larger than memory: a tile reads what is under it.
+        several. They may be larger than memory: a tile reads what is under it. On a cluster the workers read files and
+        zarr arrays themselves; NumPy arrays are sent to them.
     psf_new, psf_ref : PsfLike or ndarray (h, w), optional
         A stamp is odd-sized, centred and of unit sum. Default: what the exposure brings, else measured.
     sigma_new, sigma_ref : float or array_like (ny, nx), optional
@@ -161,7 +166,8 @@ def difference(
     mask_new, mask_ref : array_like (ny, nx), optional
         Bits of `MaskBit`; any other non-zero number is bad too.
     recipe : Recipe, optional
-        Everything that holds for the whole image, from an earlier call (``d.recipe``): then nothing is read here.
+        Everything that holds for the whole image, from an earlier call (``d.recipe``): then nothing is read here, and
+        `psf_new`, `psf_ref` and `flux_ratio` are its own.
     wcs : astropy.wcs.WCS, optional
         Of new. Default: what new brings.
     config : Config, optional
@@ -199,7 +205,7 @@ def difference(
         **{name: _joined(finished, tiles, number) for number, name in enumerate(_FIELDS)},
         y0=0,
         x0=0,
-        wcs=image.wcs,
+        wcs_new=image.wcs,
         recipe=recipe,
     )
 
@@ -277,7 +283,9 @@ def _with_residuals(recipe: Recipe, image: Image, reference: Image, config: Conf
     rows, columns = ({getattr(t, axis): t for t in tiles} for axis in ("y0", "x0"))
     wanted_y, wanted_x = (_spread(sorted(starts), SAMPLE_TILES) for starts in (rows, columns))
     sample = [t for t in tiles if t.y0 in wanted_y and t.x0 in wanted_x]
-    parts = dask.compute(*_delayed(_tile, recipe, sample, image, reference, config))
+    # Here, like the rest of the sample, unless only a cluster may have the pixels.
+    scheduler = None if image.is_dask or reference.is_dask else "threads"
+    parts = dask.compute(*_delayed(_tile, recipe, sample, image, reference, config), scheduler=scheduler)
     found = finish(
         *_side_by_side(sample, parts, round(recipe.psf_new.fwhm)),
         radius=round(recipe.psf_new.fwhm),

@@ -75,6 +75,11 @@ class Image:
         """(ny, nx)."""
         return self.data.shape  # type: ignore[no-any-return]
 
+    @property
+    def is_dask(self) -> bool:
+        """Whether any of it is a dask array."""
+        return any(hasattr(plane, "__dask_graph__") for plane in (self.data, self.mask, self.variance, self.sigma))
+
     def cut(self, area: Section) -> tuple[Any, ...]:
         """What stands for a rectangle of it until `load_part` reads it."""
         return tuple(_piece(plane, area) for plane in (self.data, self.mask, self.variance, self.sigma))
