@@ -1,7 +1,8 @@
 """How far two images of the same stars are apart, and how well that is known.
 
 Stars of both (`starlist`) are matched and compared; a low polynomial describes the displacement where they call for
-one, and what scatter remains beyond the noise of their centroids is the registration error of ZOGY (E30).
+one, and a smooth field on top of it (`spline`) where they call for that. What scatter remains beyond the noise of their
+centroids is the registration error of ZOGY (E30).
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize_scalar
 
+from batchproc.imaging.spline import fit_smooth_field, spline_values
 from batchproc.imaging.starlist import Stars, match_stars
 
 __all__ = ["Registration", "measure_registration", "polynomial_terms", "register"]
 
 #: Median of chi-square with one degree of freedom.
 MEDIAN_CHI2 = 0.4549364
+#: A field of its own is looked for with so many stars and more …
+MIN_FIELD_STARS = 80
+#: … and accepted where stars are predicted by the others so many sigma better than by the polynomial alone.
+MIN_FIELD_GAIN = 3.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class Registration:
         centroids, and the error of the correction itself.
     n_matches : int
         Stars that were compared.
+    spline : ndarray (2, n_y, n_x) float64 or None
+        Coefficients of the smooth field on top of the polynomial (`spline_values`), where the stars call for one.
     """
 
     coefficients: NDArray[np.float64]
@@ -47,17 +55,21 @@ class Registration:
     rms_x: float
     rms_y: float
     n_matches: int
+    spline: NDArray[np.float64] | None = None
 
     def __call__(self, x: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """(dx, dy) in pixels at (x, y) of new."""
         x, y = np.broadcast_arrays(np.asarray(x, np.float64), np.asarray(y, np.float64))
         dx, dy = np.moveaxis(polynomial_terms(x, y, self.degree, self.shape) @ self.coefficients.T, -1, 0)
-        return dx, dy
+        if self.spline is None:
+            return dx, dy
+        more_x, more_y = spline_values(self.spline, x, y, self.shape)
+        return dx + more_x, dy + more_y
 
     @property
     def significant(self) -> bool:
         """Whether the stars call for a correction."""
-        return self.degree >= 0
+        return self.degree >= 0 or self.spline is not None
 
     @property
     def size_xy(self) -> tuple[float, float]:
@@ -88,16 +100,17 @@ def register(
         See `measure_registration`.
     """
     registration = _nothing(shape, 0)
-    before: tuple[NDArray, NDArray] | None = None
-    for _ in range(8):
-        dx, dy = registration(new.x, new.y)
-        pairs = match_stars(new.xy + np.column_stack([dx, dy]), ref_on_new.xy, radius)
-        if before is not None and np.array_equal(pairs[0], before[0]) and np.array_equal(pairs[1], before[1]):
-            break
-        before = pairs
-        i, j = pairs
-        sigma = np.hypot(new.sigma[i], ref_on_new.sigma[j])
-        registration = measure_registration(new.xy[i], ref_on_new.xy[j], sigma, shape, where=where)
+    # The polynomial finds the matches; the field, which costs more, comes last.
+    for field, most in ((False, 8), (True, 2)):
+        before: tuple[NDArray, NDArray] | None = None
+        for _ in range(most):
+            dx, dy = registration(new.x, new.y)
+            pairs = match_stars(new.xy + np.column_stack([dx, dy]), ref_on_new.xy, radius)
+            if before is not None and all(np.array_equal(*same) for same in zip(before, pairs, strict=True)):
+                break
+            i, j = before = pairs
+            sigma = np.hypot(new.sigma[i], ref_on_new.sigma[j])
+            registration = measure_registration(new.xy[i], ref_on_new.xy[j], sigma, shape, where=where, field=field)
     return registration
 
 
@@ -109,12 +122,14 @@ def measure_registration(
     *,
     max_degree: int = 3,
     where: NDArray[np.float64] | None = None,
+    field: bool = True,
 ) -> Registration:
-    """Displacement of matched stars as a polynomial of the degree that they call for.
+    """Displacement of matched stars as a polynomial of the degree that they call for, and a smooth field if they do.
 
     The degree is that of the least BIC, among no correction at all and those with at least four stars a coefficient
     whose error, averaged over `where`, is smaller than the scatter of one star (stars in one corner say nothing about
-    the other). Outliers are left out by Tukey's biweight.
+    the other). Outliers are left out by Tukey's biweight. A field on top of the polynomial of the highest degree is
+    taken where it predicts each star from the others significantly better (`fit_smooth_field`).
 
     Parameters
     ----------
@@ -128,6 +143,8 @@ def measure_registration(
         0 to 3.
     where : ndarray (m, 2), optional
         Points of new where the correction is wanted (where the two overlap); default the whole image.
+    field : bool
+        Whether to look for a field beyond the polynomial.
     """
     n = len(xy_new)
     if n < 3:
@@ -145,7 +162,34 @@ def measure_registration(
     # Where nothing is corrected, a common offset may still hide in the noise: its error counts.
     error2 = (best if best.degree >= 0 else fits[1]).error2
     rms_x, rms_y = np.sqrt(best.excess2 + error2)
-    return Registration(best.coefficients, best.degree, shape, float(rms_x), float(rms_y), int(keep.sum()))
+    found = Registration(best.coefficients, best.degree, shape, float(rms_x), float(rms_y), int(keep.sum()))
+    if not field or degrees[-1] < 3 or keep.sum() < MIN_FIELD_STARS:
+        return found
+    with_field = _with_field(xy, displacement, sigma, fits[-1], shape, where)
+    better = with_field is not None and np.hypot(with_field.rms_x, with_field.rms_y) < np.hypot(rms_x, rms_y)
+    return with_field if with_field is not None and better else found
+
+
+def _with_field(
+    xy: NDArray, displacement: NDArray, sigma: NDArray, cubic: _Fit, shape: tuple[int, int], where: NDArray
+) -> Registration | None:
+    """A cubic and a smooth field; None where the stars are predicted no better for it."""
+    extra2 = float(np.mean(cubic.excess2))
+    terms_where = polynomial_terms(where[:, 0], where[:, 1], cubic.degree, shape)
+    for _ in range(2):  # weights and scatter depend on each other
+        terms = polynomial_terms(xy[:, 0], xy[:, 1], cubic.degree, shape)
+        variance = sigma**2 + extra2 + 1e-8
+        fit = fit_smooth_field(xy, displacement, variance, terms, shape, where, terms_where)
+        if fit.gain < MIN_FIELD_GAIN:
+            return None
+        # How far off the others predict each star: scatter and error of the field together.
+        excess2 = np.array([_robust_excess2(r, sigma, 1.0) for r in fit.left_out.T])
+        extra2 = float(np.mean(excess2))
+        n_stars = len(xy)
+        keep = (fit.left_out**2).sum(axis=1) < 25 * (sigma**2 + extra2 + 1e-8)
+        xy, displacement, sigma = xy[keep], displacement[keep], sigma[keep]
+    rms_x, rms_y = np.sqrt(excess2 + max(fit.error2_where - fit.error2, 0.0))
+    return Registration(fit.polynomial, cubic.degree, shape, float(rms_x), float(rms_y), n_stars, fit.spline)
 
 
 def polynomial_terms(x: NDArray, y: NDArray, degree: int, shape: tuple[int, int]) -> NDArray[np.float64]:

@@ -178,3 +178,72 @@ class TestPatterns:
 
 def _as_stars(x, y, flux):
     return Stars(x, y, np.full(x.size, 0.01), flux, np.full(x.size, 3.0))
+
+
+class TestField:
+    WIDE = (2048, 2048)
+
+    @staticmethod
+    def move(x, y, wave=0.2, length=700):
+        """A cubic of some 1 px in the corners, and waves of 0.2 px."""
+        u, v = (x - 1024) / 1024, (y - 1024) / 1024
+        dx = 1.2 * u**3 - 0.8 * u * v**2 + 0.3 * v + wave * np.sin(2 * np.pi * (0.8 * x + 0.6 * y) / length)
+        dy = -0.9 * v**3 + 0.7 * u**2 * v + wave * np.cos(2 * np.pi * (0.9 * y - 0.45 * x) / length)
+        return dx, dy
+
+    def measured(self, n, seed, *, fields=True, **kwargs):
+        """Registration of n stars (centroids good to 0.005 to 0.1 px, scatter 0.02 px, a few wrong), and its error at
+        places of its own."""
+        rng = np.random.default_rng(seed)
+        xy = rng.uniform(0, 2047, (n, 2))
+        sigma = 10 ** rng.uniform(-2.3, -1, n)
+        there = xy + np.column_stack(self.move(*xy.T, **kwargs))
+        there += rng.normal(size=(n, 2)) * np.hypot(sigma, 0.02)[:, None]
+        there[: n // 30] += rng.uniform(-3, 3, (n // 30, 2))
+        r = measure_registration(xy, there, sigma, self.WIDE, field=fields)
+        x, y = (axis.ravel() for axis in np.meshgrid(np.linspace(10, 2037, 40), np.linspace(10, 2037, 40)))
+        error = np.array(r(x, y)) - self.move(x, y, **kwargs)
+        return r, float(np.sqrt(np.mean(error**2)))
+
+    @pytest.mark.parametrize(("n", "bound"), [(200, 0.1), (400, 0.03), (800, 0.02)])
+    def test_waves_that_no_polynomial_follows(self, n, bound):
+        """A cubic leaves 0.14 px rms of them at independent places; the field a third to a tenth of that, the less the
+        more stars there are."""
+        for seed in range(3):
+            cubic = self.measured(n, seed, fields=False)
+            field = self.measured(n, seed)
+            assert cubic[1] > 0.13
+            assert field[1] < bound
+
+    @pytest.mark.parametrize("n", [80, 100, 130, 160])
+    @pytest.mark.parametrize("length", [400, 700, 1200])
+    def test_few_stars_are_never_overfitted(self, n, length):
+        """Where stars are too few for the waves, the field is left out, or better than the polynomial all the same."""
+        for seed in range(4):
+            cubic = self.measured(n, seed, fields=False, length=length)
+            field = self.measured(n, seed, length=length)
+            assert field[1] < 1.02 * cubic[1]
+
+    @pytest.mark.parametrize("n", [100, 400])
+    def test_a_cubic_alone_calls_for_no_field(self, n):
+        """What a polynomial describes is left to it."""
+        called = [self.measured(n, seed, wave=0.0)[0].spline is not None for seed in range(8)]
+        assert sum(called) <= 1
+
+    def test_the_error_that_is_left_is_told(self):
+        """No less than the error at places of its own, and not several times more."""
+        for seed in range(3):
+            r, error = self.measured(400, seed)
+            assert 0.8 * error < np.hypot(r.rms_x, r.rms_y) / np.sqrt(2) < 4 * np.hypot(error, 0.02)
+
+    def test_where_there_are_no_stars_the_field_does_not_run_away(self):
+        """Stars in the left half only: in the other half the correction stays of the size of the distortion."""
+        rng = np.random.default_rng(1)
+        xy = rng.uniform([0, 0], [1100, 2047], (600, 2))
+        there = xy + np.column_stack(self.move(*xy.T)) + rng.normal(0, 0.03, (600, 2))
+        near = np.stack(np.meshgrid(np.linspace(0, 1100, 12), np.linspace(0, 2047, 12)), -1).reshape(-1, 2)
+        r = measure_registration(xy, there, np.full(600, 0.03), self.WIDE, where=near)
+        inside = np.array(r(*near.T)) - self.move(*near.T)
+        assert np.sqrt(np.mean(inside**2)) < 0.04
+        assert r.spline is not None
+        assert np.abs(r.spline).max() < 3
