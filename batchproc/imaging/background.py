@@ -62,9 +62,12 @@ class Background:
         floor = max(1e-3 * self.global_rms, float(np.finfo(np.float32).tiny))
         return self.rms_surface.image(floor)
 
-    def subtracted(self, data: NDArray[np.float32], mask: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """``data − level``, and 0 where the mask says NO_DATA; a new array."""
-        return self.level_surface.below(data, mask, MaskBit.NO_DATA)
+    def subtracted(
+        self, data: NDArray[np.float32], mask: NDArray[np.uint8], *, overwrite: bool = False
+    ) -> NDArray[np.float32]:
+        """``data − level``, and 0 where the mask says NO_DATA; in `data` itself if wanted."""
+        out = data if overwrite and data.dtype == np.float32 and data.flags.writeable else None
+        return self.level_surface.below(data, mask, MaskBit.NO_DATA, out)
 
 
 def measure_background(

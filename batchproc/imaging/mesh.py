@@ -84,9 +84,15 @@ class Surface:
         _draw(self.nodes, self.curvature, np.float32(floor), out)
         return out
 
-    def below(self, image: NDArray[np.float32], mask: NDArray[np.uint8], empty: int) -> NDArray[np.float32]:
-        """``image − surface``, and 0 where ``mask & empty``; a new array."""
-        out = np.empty(self.shape, np.float32)
+    def below(
+        self,
+        image: NDArray[np.float32],
+        mask: NDArray[np.uint8],
+        empty: int,
+        out: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """``image − surface``, and 0 where ``mask & empty``; a new array, or `out`, which may be `image` itself."""
+        out = np.empty(self.shape, np.float32) if out is None else out
         _take_off(image, mask, np.uint8(empty), self.nodes, self.curvature, out)
         return out
 
@@ -447,9 +453,10 @@ def _draw(nodes, curvature, floor, out):  # type: ignore[no-untyped-def]  # prag
 def _take_off(image, mask, empty, nodes, curvature, out):  # type: ignore[no-untyped-def]  # pragma: no cover
     ny, nx = out.shape
     offset = np.float32(node_offset(nodes))
+    level = np.empty(nx, np.float32)
     for y in range(ny):
         row, pixels, bits = out[y], image[y], mask[y]
-        surface_row(nodes, curvature, ny, nx, y, offset, row)
+        surface_row(nodes, curvature, ny, nx, y, offset, level)
         for x in range(nx):
-            v = (pixels[x] - offset) - row[x]
+            v = (pixels[x] - offset) - level[x]
             row[x] = v if (bits[x] & empty) == 0 else np.float32(0)

@@ -16,7 +16,12 @@ __all__ = ["source_variance"]
 
 
 def source_variance(
-    data: NDArray[np.floating], sky_variance: NDArray[np.floating] | float, psf: PsfLike, gain: float = 1.0
+    data: NDArray[np.floating],
+    sky_variance: NDArray[np.floating] | float,
+    psf: PsfLike,
+    gain: float = 1.0,
+    *,
+    out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """Variance of each pixel: the sky's, and the photon noise of the sources.
 
@@ -30,6 +35,8 @@ def source_variance(
         Sets the scale of smoothing.
     gain : float
         Electrons per unit of `data`.
+    out : ndarray (ny, nx) float32, optional
+        Where the result goes; it may be `sky_variance` itself.
 
     Returns
     -------
@@ -52,8 +59,10 @@ def source_variance(
         where(found, sky_variance + maximum(light, 0) / gain, sky_variance)
     """
     image = np.ascontiguousarray(data, dtype=np.float32)
-    out = np.empty(image.shape, np.float32)
-    out[:] = sky_variance
+    if out is None:
+        out = np.empty(image.shape, np.float32)
+    if out is not sky_variance:
+        out[:] = sky_variance
     sigma = psf.fwhm / 2.3548
     narrow = _gaussian(0.35 * sigma)
     _add_light(image, _shining(image, out, psf), narrow, np.convolve(narrow, narrow), np.float32(1 / gain), out)
