@@ -3,6 +3,7 @@
 #   make PYTHON=python3.12 …   another interpreter
 #   make VENV=/some/where …    another place for the virtual environment
 #   make test TEST_ARGS='-m slow tests/imaging'
+#   make bench ARGS=--write …  put the tables into docs/performance.md
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,8 +14,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 RUN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+BENCH := $(VENV)/.installed-bench
 
-.PHONY: help demo test lint format docs install dev clean
+.PHONY: help demo test bench lint format docs install dev clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -25,6 +27,9 @@ demo: $(RUN) ## simulate a small night, find its transients, write demo/report.h
 
 test: $(DEV) ## run the tests (the usual ones; see CONTRIBUTING.md for the others)
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+bench: $(BENCH) ## measure speed and memory beside other programs (minutes)
+	$(BIN)/python -m tests.benchmarks.performance $(ARGS)
 
 lint: $(DEV) ## check style and types
 	$(BIN)/ruff check .
@@ -54,6 +59,11 @@ $(RUN): $(BIN)/python pyproject.toml
 $(DEV): $(BIN)/python pyproject.toml
 	@echo "Installing batchproc and the developers' tools into $(VENV); the first time takes a minute or two."
 	$(PIP) install --editable '.[dev]'
+	@touch $@ $(RUN)
+
+$(BENCH): $(BIN)/python pyproject.toml
+	@echo "Installing batchproc and what it is compared with into $(VENV); the first time takes a few minutes."
+	$(PIP) install --editable '.[bench]'
 	@touch $@ $(RUN)
 
 $(BIN)/python:

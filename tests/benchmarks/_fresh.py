@@ -76,16 +76,18 @@ def least_cpu(work: Any, *, repeat: int) -> float:
     return min(cpu_and_wall(work)[1] for _ in range(repeat))
 
 
-def rfft2_seconds(shape: tuple[int, int] = (2048, 2048), *, repeat: int = 7) -> float:
-    """CPU seconds of one float32 ``rfft2`` by pyFFTW, planned with FFTW_MEASURE, on one thread: the unit of the tables.
-
-    Nothing is copied in or out, so this is what the transform alone costs.
-    """
+def rfft2_plan(shape: tuple[int, int]) -> Any:
+    """pyFFTW's float32 ``rfft2`` of a shape on one thread, planned with FFTW_MEASURE; ``execute()`` copies nothing."""
     import pyfftw
 
     real = pyfftw.zeros_aligned(shape, dtype="float32")
     half = pyfftw.zeros_aligned((shape[0], shape[1] // 2 + 1), dtype="complex64")
-    plan = pyfftw.FFTW(real, half, axes=(0, 1), flags=("FFTW_MEASURE",), threads=1)
+    return pyfftw.FFTW(real, half, axes=(0, 1), flags=("FFTW_MEASURE",), threads=1)
+
+
+def rfft2_seconds(shape: tuple[int, int] = (2048, 2048), *, repeat: int = 7) -> float:
+    """CPU seconds of one float32 ``rfft2``: the unit of the tables."""
+    plan = rfft2_plan(shape)
     plan.execute()
     return least_cpu(plan.execute, repeat=repeat)
 

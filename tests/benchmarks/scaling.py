@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from batchproc.distribute.memory import keep_freed_memory
 from tests.benchmarks._fresh import Peak, cpu_and_wall, rfft2_seconds
 from tests.benchmarks._pairs import Pair, load_pair
 from tests.benchmarks.contenders import FLOOR_TRANSFORMS, subtract_full
@@ -25,6 +26,7 @@ def measure(path: str, side: int, *, repeat: int = 3) -> dict[str, Any]:
         Warm calls, after one that does not count.
     """
     work, _ = subtract_full(_laid_out(load_pair(path), side), hard=False)
+    keep_freed_memory()  # as every worker of a run does
     peak = Peak()
     work()
     cpu = min(cpu_and_wall(work)[1] for _ in range(repeat))
