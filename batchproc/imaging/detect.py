@@ -18,14 +18,16 @@ from batchproc.config import DetectConfig
 from batchproc.errors import SubtractError
 from batchproc.imaging.cutouts import windows
 from batchproc.imaging.features import (
-    delta_test,
+    broad_test,
     dipole,
     distance_to_pixels,
     on_streak,
     score_response,
+    shift_test,
     without_holes,
 )
 from batchproc.imaging.measure import PointSource, aperture_sum, fit_position, moments
+from batchproc.imaging.particles import MARGIN, delta_test, track_test
 from batchproc.imaging.peaks import find_basins, pixels_above
 from batchproc.imaging.sources import BrightStars, Sources, bright_stars, find_sources
 from batchproc.imaging.trails import Trail, find_trails, on_trails
@@ -99,15 +101,16 @@ def detect(
     # A trail too faint to be elongated at any one detection shows in the line-up of weak peaks.
     trails = find_trails(difference.score_corr, fwhm) if len(x) else []
     # A bright trail is one object, not a row for each bump on it; what stands out of it is.
-    stands_out = ~on_trails(trails, x, y, fwhm) | (prominence > config.threshold)
+    sign = np.sign(difference.score_corr[y, x])
+    stands_out = ~on_trails(trails, x, y, fwhm, sign) | (prominence > config.threshold)
     x, y = x[stands_out], y[stands_out]
-    columns, psf_fwhm, f_d = _measure(difference, x, y)
+    columns, psf_fwhm, f_d = _measure(difference, x, y, _nearest(sources, x, y))
     keep = _without_doubles(columns, 0.5 * psf_fwhm)
     x, y, psf_fwhm, f_d = x[keep], y[keep], psf_fwhm[keep], f_d[keep]
     columns = {name: values[keep] for name, values in columns.items()}
     columns |= _surroundings(columns["x"], columns["y"], difference.mask, sources, bright)
     streak = on_streak(difference.score_corr, x, y, psf_fwhm, columns["psf_elongation"])
-    streak |= on_trails(trails, x, y, fwhm)
+    streak |= on_trails(trails, x, y, fwhm, np.sign(columns["scorr"]))
     columns["flags"] = _flags(columns, psf_fwhm, streak, difference.mask, bright)
     dtypes = {column.name: column.dtype for column in CATALOGUE}
     return Candidates(
@@ -165,8 +168,32 @@ def _too_many(found: str, number: int, config: DetectConfig) -> SubtractError:
     )
 
 
+def _nearest(sources: Sources | None, x: NDArray, y: NDArray) -> NDArray[np.float64]:
+    """Where the nearest source of the reference is, relative to each position: (n, 2), pixels; inf without one."""
+    if sources is None or len(sources) == 0:
+        return np.full((len(x), 2), np.inf)
+    _, row = sources.nearest(x, y)
+    return np.column_stack([sources.x[row] - x, sources.y[row] - y])
+
+
+def _white_width(difference: Difference) -> float:
+    """Width of D on blank sky over that of S, which a matched filter made of it: 1 where the noise of D is white."""
+    values = []
+    for k in difference.kernels:
+        part = np.s_[k.y0 : k.y1 : 7, k.x0 : k.x1 : 7]
+        blank = (
+            (difference.mask[part] == 0) & (np.abs(difference.score_corr[part]) < 3) & (difference.flux_err[part] > 0)
+        )
+        values.append(difference.difference[part][blank] / (difference.flux_err[part][blank] * np.sqrt(k.f_s)))
+    sample = np.concatenate(values)
+    if sample.size < 100:
+        return 1.0
+    width = float(np.diff(np.percentile(sample, [15.865525, 84.134475]))[0] / 2)
+    return min(max(width, 0.5), 2.0)  # beyond that it is no noise
+
+
 def _measure(
-    difference: Difference, x: NDArray[np.int64], y: NDArray[np.int64]
+    difference: Difference, x: NDArray[np.int64], y: NDArray[np.int64], star: NDArray[np.float64]
 ) -> tuple[dict[str, NDArray], NDArray[np.float64], NDArray[np.float64]]:
     """Columns that a detection's own pixels give, with P_D's FWHM and F_D at each."""
     n = len(x)
@@ -177,11 +204,13 @@ def _measure(
         psf_fwhm[rows], f_d[rows] = source.fwhm, kernels.f_d
         for start in range(0, len(rows), _CHUNK):
             part = rows[start : start + _CHUNK]
-            for name, values in _measure_in_tile(difference, kernels, source, x[part], y[part]).items():
+            for name, values in _measure_in_tile(difference, kernels, source, x[part], y[part], star[part]).items():
                 columns.setdefault(name, np.zeros(n))[part] = values
     if n == 0:  # the same columns, empty
         kernels = difference.kernels[0]
-        columns = _measure_in_tile(difference, kernels, PointSource(kernels.psf), x, y)
+        columns = _measure_in_tile(difference, kernels, PointSource(kernels.psf), x, y, star)
+    else:
+        columns["chi2"] /= _white_width(difference) ** 2
     return columns, psf_fwhm, f_d
 
 
@@ -196,7 +225,12 @@ def _by_tile(
 
 
 def _measure_in_tile(
-    difference: Difference, kernels: Kernels, source: PointSource, x: NDArray[np.int64], y: NDArray[np.int64]
+    difference: Difference,
+    kernels: Kernels,
+    source: PointSource,
+    x: NDArray[np.int64],
+    y: NDArray[np.int64],
+    star: NDArray[np.float64],
 ) -> dict[str, NDArray]:
     """The same for detections of one tile."""
     n = len(x)
@@ -205,7 +239,7 @@ def _measure_in_tile(
     signed = sign[:, None, None]
     root_f_s = np.sqrt(kernels.f_s)
 
-    wide_half = max(source.half, int(np.ceil(3 * source.fwhm)))  # all that there is of a source
+    wide_half = max(source.half, int(np.ceil(3 * source.fwhm)), 2 * MARGIN)  # all that there is of a source
     wide = signed * np.nan_to_num(windows(difference.difference, x, y, wide_half).astype(np.float64))
     half = source.half
     rim = wide_half - half
@@ -231,6 +265,10 @@ def _measure_in_tile(
         which: delta_test(wide, height, noise, kernel, source.psf)
         for which, kernel in (("new", kernels.delta_new), ("ref", kernels.delta_ref))
     }
+    near = np.hypot(*star.T) < 1.5 * source.fwhm
+    shifted = np.zeros(n, bool)
+    _, *slopes = source.with_slopes(star[near, 0], star[near, 1], wide_half)
+    shifted[near] = shift_test(wide[near], height[near], *slopes)
     fwhm, elongation, theta = moments(data, fit.dx, fit.dy, source.fwhm)
     aperture, aperture_err = aperture_sum(data, np.where(good, variance, 0.0), good, fit.dx, fit.dy, source)
     return {
@@ -253,8 +291,10 @@ def _measure_in_tile(
         "sigma_ref": np.full(n, kernels.sigma_ref),
         "psf_elongation": np.full(n, source.elongation),
         "n_pixels": fit.n_pixels,
-        "hit_new": hits["new"][1],
-        "hit_ref": hits["ref"][1],
+        "hit_new": hits["new"][1] | track_test(wide, height, noise, kernels.delta_new),
+        "hit_ref": hits["ref"][1] | track_test(wide, height, noise, kernels.delta_ref),
+        "broad": broad_test(wide, height, noise, source.psf, source.fwhm),
+        "shifted": shifted,
     }
 
 
@@ -306,14 +346,16 @@ def _flags(
     MASKED        a masked pixel within half a FWHM and half a pixel: under the core
     SATURATED     a saturated pixel within 2 FWHM
     BRIGHT_STAR   within the radius of a star of `bright`
-    DIPOLE        ``dipole`` above 0.5
-    COSMIC_RAY    ``delta_new`` above 1, a point source excluded by 3 sigma (`delta_test`); and the detection is
-                  positive, or new's hot pixel fits better than ref's
-    HOT_PIXEL_REF ``delta_ref`` above 1, a point source excluded by 3 sigma; and the detection is negative, or ref's
-                  hot pixel fits better than new's
+    DIPOLE        ``dipole`` above 0.5; or the nearest star of the reference, moved a little, explains it better than a
+                  source does (`shift_test`)
+    COSMIC_RAY    ``delta_new`` above 1, a point source excluded by 3 sigma (`delta_test`), or a track (`track_test`);
+                  and the detection is positive, or new's hot pixel fits better than ref's
+    HOT_PIXEL_REF ``delta_ref`` above 1, a point source excluded by 3 sigma, or a track; and the detection is negative,
+                  or ref's hot pixel fits better than new's
     STREAK        `on_streak`, or on one of the trails of `find_trails`
     BAD_FIT       chi-square of the ν degrees of freedom above ``ν + 6 √(2 ν) + (0.1 S/N)²``: the noise, and a PSF that
-                  is wrong by a tenth (in the root mean square under the fit) must not make it
+                  is wrong by a tenth (in the root mean square under the fit) must not make it; or a patch much wider
+                  than the PSF (`broad_test`)
     ============  ======================================================================================================
     """
     x, y, scorr = columns["x"], columns["y"], columns["scorr"]
@@ -326,10 +368,10 @@ def _flags(
         Flag.MASKED: columns["mask_distance"] <= 0.5 * psf_fwhm + 0.5,
         Flag.SATURATED: saturated <= 2 * psf_fwhm,
         Flag.BRIGHT_STAR: np.zeros(len(x), bool) if bright is None else bright.cover(x, y),
-        Flag.DIPOLE: columns["dipole"] > 0.5,
+        Flag.DIPOLE: (columns["dipole"] > 0.5) | (columns["shifted"] > 0),
         Flag.COSMIC_RAY: (columns["hit_new"] > 0) & ((scorr > 0) | (hot_new > hot_ref)),
         Flag.HOT_PIXEL_REF: (columns["hit_ref"] > 0) & ((scorr < 0) | (hot_ref > hot_new)),
         Flag.STREAK: streak,
-        Flag.BAD_FIT: ~(columns["chi2"] * freedom <= allowed),  # NaN is no good fit
+        Flag.BAD_FIT: ~(columns["chi2"] * freedom <= allowed) | (columns["broad"] > 0),  # NaN is no good fit
     }
     return sum((np.where(hit, np.int32(bit), np.int32(0)) for bit, hit in rules.items()), np.zeros(len(x), np.int32))

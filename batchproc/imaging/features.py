@@ -1,4 +1,4 @@
-"""What the pixels around a detection say of its nature: dipole, particle hit, trail, and what lies near.
+"""What the pixels around a detection say of its nature: dipole, smooth patch, trail, and what lies near.
 
 Numbers only, from arrays; the rules that turn them into flags are in `detect`. Windows are cut around the whole pixel
 nearest to the source and multiplied by the sign of the detection, so that a source always is a hill.
@@ -9,10 +9,24 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 from numpy.typing import ArrayLike, NDArray
+from scipy.ndimage import gaussian_filter
 from scipy.signal import fftconvolve
 from scipy.spatial import cKDTree
 
-__all__ = ["delta_test", "dipole", "distance_to_pixels", "on_streak", "score_response", "without_holes"]
+from batchproc.imaging.measure import GAUSSIAN_FWHM
+from batchproc.imaging.particles import centre
+
+__all__ = [
+    "broad_test",
+    "dipole",
+    "distance_to_pixels",
+    "on_streak",
+    "score_response",
+    "shift_test",
+    "without_holes",
+]
+
+_LEVEL = 2.0  #: sigma: what hangs together above it is an island
 
 
 def score_response(psf: NDArray[np.float64], half: int) -> NDArray[np.float64]:
@@ -56,49 +70,57 @@ def dipole(score: NDArray, noise: NDArray, response: NDArray, radius: float) -> 
     return np.minimum(np.sqrt(np.maximum(depth**2 - (2.5 * noise) ** 2, 0.0)) / height, 1.0)
 
 
-def delta_test(
-    data: NDArray, height: NDArray, noise: NDArray, kernel: NDArray[np.float64], psf: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Is it one hot pixel, rather than a point source?
+def broad_test(
+    data: NDArray, height: NDArray, noise: NDArray, psf: NDArray[np.float64], fwhm: float
+) -> NDArray[np.bool_]:
+    """Is it a smooth patch of light, rather than a point source?
 
-    The score of the best hot pixel is ``max Σ D(x) δ(x − p)`` over the nine central pixels p, with δ the shape that one
-    hot pixel leaves in D (E129 for new, E133 for ref). Over the score of the PSF it exceeds 1 for a hot pixel. How far
-    it stays below 1 for a point source depends on the two PSFs: δ and P_D correlate by c, and a source of score s gives
-    ``c s ± √(1 − c²)``. (c comes close to 1 for hot pixels of the much sharper image: those look like sources.)
+    Where a galaxy or the sky is not subtracted to the last, what is left is smooth, and a filter much wider than the
+    PSF finds more in it: P_D smoothed by a Gaussian of twice its FWHM. As in `particles.delta_test`, a source of score
+    s gives that filter ``c s ± √(1 − c²)``; more than that by 3 sigma, and more than s, is no point source.
+
+    Parameters
+    ----------
+    data : ndarray (n, s, s)
+        Windows of D times the sign of the detection, finite, of some 6 FWHM.
+    height, noise : ndarray (n,)
+        Score of the point source, and its noise.
+    psf : ndarray (k, k)
+        P_D.
+    fwhm : float
+        Of P_D, pixels.
+    """
+    half = data.shape[1] // 2
+    point = centre(psf, half)
+    broad = centre(gaussian_filter(point, 2 * fwhm / GAUSSIAN_FWHM, mode="constant"), half)
+    correlation = np.clip(np.sum(point * broad), 0.0, 1.0)
+    score = np.tensordot(data, broad, ([1, 2], [0, 1]))
+    return np.asarray((score > height) & (score > correlation * height + 3 * np.sqrt(1 - correlation**2) * noise))
+
+
+def shift_test(data: NDArray, height: NDArray, slope_x: NDArray, slope_y: NDArray) -> NDArray[np.bool_]:
+    """Is it a static star in another place, by a fraction of a pixel, rather than a point source?
+
+    To first order such a star leaves ``δx ∂P_D/∂x + δy ∂P_D/∂y`` at its own place. With the best (δx, δy) that explains
+    more of chi-square than a point source anywhere, where it is the cause; of a real source it explains 0.37 at most
+    (of a Gaussian, √2 sigma from the star).
 
     Parameters
     ----------
     data : ndarray (n, s, s)
         Windows of D times the sign of the detection, finite.
     height : ndarray (n,)
-        Score of the point source, ``S / √F_S``.
-    noise : ndarray (n,)
-        Local noise over that of blank sky.
-    kernel, psf : ndarray (k, k)
-        δ and P_D, odd-sized.
-
-    Returns
-    -------
-    ratio : ndarray (n,)
-        Score of the hot pixel over that of the source.
-    hit : ndarray (n,) of bool
-        The ratio exceeds 1, and a point source is excluded by 3 sigma.
+        Score of the point source.
+    slope_x, slope_y : ndarray (n, s, s)
+        Derivatives of P_D at the place of the star.
     """
-    reach = data.shape[1] // 2 - 1
-    hot, point = _centre(kernel, reach), _centre(psf, reach)
-    correlation = np.clip(np.sum(hot * point), 0.0, 1.0)
-    shifted = np.stack([np.pad(hot, ((1 + j, 1 - j), (1 + i, 1 - i))) for j in (-1, 0, 1) for i in (-1, 0, 1)])
-    score = np.tensordot(data, shifted, ([1, 2], [1, 2])).max(axis=1, initial=0.0)
-    from_source = correlation * height + 3 * np.sqrt(1 - correlation**2) * noise
-    return score / height, (score > height) & (score > from_source)
-
-
-def _centre(kernel: NDArray[np.float64], half: int) -> NDArray[np.float64]:
-    """The central (2 half + 1)² pixels of a kernel, zero-padded where it is smaller, of unit sum of squares."""
-    padded = np.pad(kernel, max(half - kernel.shape[0] // 2, 0))
-    middle = padded.shape[0] // 2
-    core = padded[middle - half : middle + half + 1, middle - half : middle + half + 1]
-    return np.asarray(core / np.sqrt(np.sum(core**2)))
+    xx, yy, xy = (
+        np.einsum("nij,nij->n", a, b) for a, b in ((slope_x, slope_x), (slope_y, slope_y), (slope_x, slope_y))
+    )
+    gx, gy = (np.einsum("nij,nij->n", slope, data) for slope in (slope_x, slope_y))
+    determinant = np.maximum(xx * yy - xy**2, 1e-30)
+    explained = (gx * gx * yy + gy * gy * xx - 2 * gx * gy * xy) / determinant
+    return np.asarray(explained > height**2)
 
 
 def on_streak(
@@ -108,7 +130,10 @@ def on_streak(
 
     An island is what hangs together above 2 sigma around a detection (diagonal neighbours count), so a trail that the
     threshold cuts to pieces is seen whole. It is a trail when it is longer than 6 FWHM, and as much as 3 times longer
-    than wide, beyond the PSF's own elongation (a bright star's island is round, or as elongated as the PSF).
+    than wide, beyond the PSF's own elongation (a bright star's island is round, or as elongated as the PSF). Stars in a
+    row make long islands too, but hills and no ridge: of a Gaussian of height L, the mean above the level l, over L, is
+    ``2 / u²`` for a hill and ``√(2 π) / (2 u)`` for a ridge, with ``u² = 2 ln(L / l)``; a trail has more than their
+    geometric mean.
 
     Parameters
     ----------
@@ -126,19 +151,22 @@ def on_streak(
     if len(x) == 0:
         return np.zeros(0, bool)
     # Only the pages that hold significant pixels are ever touched.
-    xx, yy, xy = _islands(np.ascontiguousarray(score_corr), np.zeros(score_corr.shape, np.int32), x, y, 2.0)
+    label = np.zeros(score_corr.shape, np.int32)
+    mean, top, xx, yy, xy = _islands(np.ascontiguousarray(score_corr), label, x, y, _LEVEL)
     middle, spread = 0.5 * (xx + yy), np.hypot(0.5 * (xx - yy), xy)
     # A uniform bar of length L has a variance of L² / 12 along itself.
     length, width = (np.sqrt(12 * np.maximum(v, 1 / 12)) for v in (middle + spread, middle - spread))
-    return (length > 6 * np.asarray(fwhm)) & (length > 3 * np.asarray(elongation) * width)
+    u2 = 2 * np.log(np.maximum(top / _LEVEL, 1.1))
+    ridge = mean / top > np.sqrt(2 / u2 * np.sqrt(2 * np.pi / u2) / 2)
+    return (length > 6 * np.asarray(fwhm)) & (length > 3 * np.asarray(elongation) * width) & ridge
 
 
 @njit(cache=True)
 def _islands(score, label, x, y, level):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """Second moments of the island of one sign around each position; `label` is 0 and is written to."""
+    """Mean, top and second moments of the island of one sign around each position; `label` is 0 and is written to."""
     ny, nx = score.shape
     n = x.size
-    area, xx, yy, xy = np.zeros((4, n))
+    area, mean, top, xx, yy, xy = np.zeros((6, n))
     island = np.empty(n, np.int64)
     stack_x, stack_y = [0], [0]
     for k in range(n):
@@ -155,6 +183,9 @@ def _islands(score, label, x, y, level):  # type: ignore[no-untyped-def]  # prag
             # relative to the start, so that sums of squares keep their digits
             u, v = float(i - x[k]), float(j - y[k])
             area[k] += 1
+            height = sign * score[j, i]
+            mean[k] += height
+            top[k] = max(top[k], height)
             sx, sy = sx + u, sy + v
             xx[k], yy[k], xy[k] = xx[k] + u * u, yy[k] + v * v, xy[k] + u * v
             for row in range(max(j - 1, 0), min(j + 2, ny)):
@@ -163,11 +194,12 @@ def _islands(score, label, x, y, level):  # type: ignore[no-untyped-def]  # prag
                         label[row, column] = k + 1
                         stack_x.append(column)
                         stack_y.append(row)
+        mean[k] /= area[k]
         sx, sy = sx / area[k], sy / area[k]
         xx[k] = xx[k] / area[k] - sx * sx + 1 / 12
         yy[k] = yy[k] / area[k] - sy * sy + 1 / 12
         xy[k] = xy[k] / area[k] - sx * sy
-    return xx[island], yy[island], xy[island]
+    return mean[island], top[island], xx[island], yy[island], xy[island]
 
 
 def distance_to_pixels(bad: NDArray[np.bool_], x: ArrayLike, y: ArrayLike) -> NDArray[np.float64]:
@@ -197,21 +229,22 @@ def _rim(bad):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     ny, nx = bad.shape
     rows, columns = [0], [0]
     for y in range(ny):
-        some = 0
-        for x in range(nx):  # a count without a branch goes many pixels at a time
-            some += bad[y, x]
-        if some == 0:
-            continue
-        for x in range(nx):
-            if bad[y, x] and (
-                y == 0
-                or x == 0
-                or y == ny - 1
-                or x == nx - 1
-                or not (bad[y - 1, x] and bad[y + 1, x] and bad[y, x - 1] and bad[y, x + 1])
-            ):
-                rows.append(y)
-                columns.append(x)
+        for start in range(0, nx, 64):
+            some = 0
+            for x in range(start, min(start + 64, nx)):  # a count without a branch goes many pixels at a time
+                some += bad[y, x]
+            if some == 0:
+                continue
+            for x in range(start, min(start + 64, nx)):
+                if bad[y, x] and (
+                    y == 0
+                    or x == 0
+                    or y == ny - 1
+                    or x == nx - 1
+                    or not (bad[y - 1, x] and bad[y + 1, x] and bad[y, x - 1] and bad[y, x + 1])
+                ):
+                    rows.append(y)
+                    columns.append(x)
     return np.array(rows)[1:], np.array(columns)[1:]
 
 
