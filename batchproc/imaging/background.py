@@ -30,8 +30,8 @@ _SOURCE_SNR = 3.0
 _OUTSKIRTS = 2
 #: Larger sources than this (hypot of the widths along both axes, pixels) have outskirts that reach farther.
 _LARGE = 3.0
-#: Looks at an image at most: where something large covers whole cells, the first level was not sky.
-_ROUNDS = 3
+#: Looks at an image at most: where something large covers this many cells, the first level was not sky.
+_ROUNDS, _MANY = 3, 4
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def measure_background(
         width = np.clip(np.where(np.isfinite(rms), rms, scale), scale, 4 * scale)
         correction, noise = measure_cells(image, bad, hidden, cells, surface, centre, width)
         lost = np.isfinite(level) & ~np.isfinite(correction)
-        if not lost.any() or not np.isfinite(correction).any():
-            break
+        if np.count_nonzero(lost) < _MANY or not np.isfinite(correction).any():
+            break  # the filter over the cells takes care of a single one
         # Something large covers these cells: what the first look saw there was not sky, and hid its outskirts.
         level[lost] = rms[lost] = np.nan
     if np.isfinite(correction).any():
