@@ -287,7 +287,7 @@ def _robust_excess2(residual: NDArray, sigma: NDArray, freedom: float) -> float:
     if residual.size == 0 or median_chi2(1e-12) <= 1:
         return 0.0
     low, high = 0.0, float(np.max(residual**2)) / (MEDIAN_CHI2 * freedom)
-    for _ in range(60):
+    for _ in range(30):
         middle = (low + high) / 2
         low, high = (middle, high) if median_chi2(middle) > 1 else (low, middle)
     return high

@@ -21,11 +21,13 @@ MAX_STARS = 1000
 #: With so many stars nothing else is looked at.
 ENOUGH_STARS = 20
 #: Side of the cells of the rough sky, in pixels, and every how many pixels it is looked at.
-CELL, SAMPLE = 64, 4
+CELL, SAMPLE = 64, 6
 #: A peak has so many pixels of its 3 × 3 beyond so many sigma: a particle's hit has fewer.
 PEAK_SIGMA, PEAK_PIXELS = 5.0, 5
 #: Half the width of the square in which a peak is the highest.
 PEAK_REACH = 2
+#: Half the width of the square in which a star is measured, at most.
+LARGEST_REACH = 64
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Sky:
 
 
 def rough_sky(data: NDArray[np.float32], mask: NDArray[np.uint8]) -> Sky:
-    """Medians and scaled median deviations of some 250 pixels of each cell; of the neighbours where it has too few.
+    """Medians and scaled median deviations of some 110 pixels of each cell; of the neighbours where it has too few.
 
     Parameters
     ----------
@@ -192,11 +194,11 @@ def _isolated(
 
 @njit(cache=True, nogil=True)
 def _cells(data, mask):  # type: ignore[no-untyped-def]
-    """Median and 1.4826 times the median deviation of each cell; NaN with fewer than 32 good samples."""
+    """Median and 1.4826 times the median deviation of each cell; NaN with fewer than 20 good samples."""
     ny, nx = data.shape
     n_y, n_x = max(1, -(-ny // CELL)), max(1, -(-nx // CELL))
     level, rms = np.full((n_y, n_x), np.nan, np.float32), np.full((n_y, n_x), np.nan, np.float32)
-    samples = np.empty((CELL // SAMPLE) ** 2, np.float32)
+    samples = np.empty((CELL // SAMPLE + 1) ** 2, np.float32)
     for j in range(n_y):
         for i in range(n_x):
             n = 0
@@ -207,7 +209,7 @@ def _cells(data, mask):  # type: ignore[no-untyped-def]
                     if mask[y, x] == 0 and np.isfinite(v):
                         samples[n] = v
                         n += 1
-            if n >= 32:
+            if n >= 20:
                 found = samples[:n]
                 middle = np.median(found)
                 level[j, i] = middle
@@ -271,53 +273,66 @@ def _moments(data, mask, level, xs, ys):  # type: ignore[no-untyped-def]
     n = xs.size
     x_out, y_out = xs.astype(np.float64), ys.astype(np.float64)
     width, flux, good = np.ones(n), np.zeros(n), np.zeros(n, np.bool_)
-    largest = 64
-    wx, wy = np.empty(2 * largest + 1), np.empty(2 * largest + 1)
+    side = 2 * LARGEST_REACH + 1
+    stamp, window = np.empty((side, side)), np.empty((4, side))
     for k in range(n):
+        # Everything is relative to the peak. The stamp is filled as far as it is needed, and again when that grows.
         sky = _sky_at(level, xs[k], ys[k])
-        x, y, s = float(xs[k]), float(ys[k]), 1.5
+        x, y, s, filled = 0.0, 0.0, 1.5, -1
         for _ in range(40):
-            reach = min(int(np.ceil(4 * s)), largest)
-            x0, x1 = int(np.rint(x)) - reach, int(np.rint(x)) + reach
-            y0, y1 = int(np.rint(y)) - reach, int(np.rint(y)) + reach
-            if x0 < 0 or y0 < 0 or x1 >= nx or y1 >= ny:
+            reach = min(int(np.ceil(4 * s + max(abs(x), abs(y)))), LARGEST_REACH)
+            if xs[k] < reach or ys[k] < reach or xs[k] + reach >= nx or ys[k] + reach >= ny:
                 break
-            for i in range(2 * reach + 1):
-                wx[i] = np.exp(-((x0 + i - x) ** 2) / (2 * s * s))
-                wy[i] = np.exp(-((y0 + i - y) ** 2) / (2 * s * s))
-            total, along_x, along_y, square = 0.0, 0.0, 0.0, 0.0
-            for j in range(2 * reach + 1):
-                dy = y0 + j - y
-                row, row_x, row_xx = 0.0, 0.0, 0.0
-                for i in range(2 * reach + 1):
-                    if mask[y0 + j, x0 + i] == 0:
-                        v = wx[i] * (data[y0 + j, x0 + i] - sky)
-                        dx = x0 + i - x
-                        row += v
-                        row_x += v * dx
-                        row_xx += v * dx * dx
-                total += wy[j] * row
-                along_x += wy[j] * row_x
-                along_y += wy[j] * row * dy
-                square += wy[j] * (row_xx + row * dy * dy)
+            if reach > filled:
+                filled = min(reach + 2, LARGEST_REACH, xs[k], ys[k], nx - 1 - xs[k], ny - 1 - ys[k])
+                for j in range(2 * filled + 1):
+                    for i in range(2 * filled + 1):
+                        v, u = ys[k] - filled + j, xs[k] - filled + i
+                        stamp[j, i] = data[v, u] - sky if mask[v, u] == 0 else 0.0
+            total, along_x, along_y, square = _weighted_sums(stamp, filled, reach, x, y, s, window)
             if not total > 0:
                 break
             # A Gaussian under a window of its own width has half its variance, and moves by half.
-            step_x, step_y = 2 * along_x / total, 2 * along_y / total
             moment = square / total / 2 - (along_x**2 + along_y**2) / total**2 / 2
             rest = 1 / moment - 1 / (s * s) if moment > 0 else -1.0
             wider = 1 / np.sqrt(rest) if rest > 0 else 1.5 * s
             wider = min(max(wider, 0.6 * s, 0.5), 1.6 * s)
-            settled = abs(step_x) < 1e-4 and abs(step_y) < 1e-4 and abs(wider - s) < 1e-3 * s
+            step_x, step_y = 2 * along_x / total, 2 * along_y / total
+            settled = abs(step_x) < 3e-4 and abs(step_y) < 3e-4 and abs(wider - s) < 2e-3 * s
             x, y, s = x + step_x, y + step_y, wider
             flux[k] = 2 * total
             if settled:
                 good[k] = True
                 break
-            if abs(x - xs[k]) > 2 + s or abs(y - ys[k]) > 2 + s or s > 15:
+            if abs(x) > 2 + s or abs(y) > 2 + s or s > 15:
                 break
-        x_out[k], y_out[k], width[k] = x, y, s
+        x_out[k], y_out[k], width[k] = xs[k] + x, ys[k] + y, s
     return x_out, y_out, width, flux, good
+
+
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+def _weighted_sums(stamp, middle, reach, x, y, s, window):  # type: ignore[no-untyped-def]
+    """Sums of the pixels under a Gaussian at (x, y) of width s: of themselves, times dx, times dy, times dx² + dy²."""
+    n = 2 * reach + 1
+    wx, wx_x, wx_xx, wy = window[0, :n], window[1, :n], window[2, :n], window[3, :n]
+    for i in range(n):
+        dx, dy = i - reach - x, i - reach - y
+        wx[i], wy[i] = np.exp(-dx * dx / (2 * s * s)), np.exp(-dy * dy / (2 * s * s))
+        wx_x[i], wx_xx[i] = wx[i] * dx, wx[i] * dx * dx
+    total, along_x, along_y, square = 0.0, 0.0, 0.0, 0.0
+    for j in range(n):
+        pixels = stamp[middle - reach + j, middle - reach : middle + reach + 1]
+        row, row_x, row_xx = 0.0, 0.0, 0.0
+        for i in range(n):
+            row += wx[i] * pixels[i]
+            row_x += wx_x[i] * pixels[i]
+            row_xx += wx_xx[i] * pixels[i]
+        dy = j - reach - y
+        total += wy[j] * row
+        along_x += wy[j] * row_x
+        along_y += wy[j] * row * dy
+        square += wy[j] * (row_xx + row * dy * dy)
+    return total, along_x, along_y, square
 
 
 @njit(cache=True, nogil=True)
