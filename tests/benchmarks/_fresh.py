@@ -27,7 +27,9 @@ def run_fresh(function: str, *, echo: bool = False, **arguments: Any) -> dict[st
         With the last line that the process wrote before it failed.
     """
     command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks._fresh", function, json.dumps(arguments)]
-    done = subprocess.run(command, env=os.environ | thread_environment(1), capture_output=True, text=True, check=False)
+    root = Path(__file__).parents[2]
+    environment = os.environ | thread_environment(1)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     if echo:
         print(done.stderr, end="", file=sys.stderr)
     lines = done.stdout.splitlines()

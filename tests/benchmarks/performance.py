@@ -205,7 +205,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(SECTIONS), help=f"some of {','.join(SECTIONS)}")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
-    parser.add_argument("--data", default=str(Path(tempfile.gettempdir()) / "batchproc-bench"), help="files are kept")
+    parser.add_argument(
+        "--data", type=Path, default=Path(tempfile.gettempdir()) / "batchproc-bench", help="files are kept"
+    )
     options = parser.parse_args(arguments)
     chosen = options.only.split(",")
     if unknown := set(chosen) - set(SECTIONS):
@@ -217,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(parts[0], flush=True)
     for name in chosen:
         title, section = SECTIONS[name]
-        parts.append(f"## {title}\n\n{section(options.data)}")
+        parts.append(f"## {title}\n\n{section(str(options.data.resolve()))}")
         print(f"\n{parts[-1]}", flush=True)
     print(f"\n{time.monotonic() - start:.0f} s in all", file=sys.stderr)
     if options.write:

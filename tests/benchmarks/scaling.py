@@ -25,7 +25,7 @@ def measure(path: str, side: int, *, repeat: int = 3) -> dict[str, Any]:
     repeat : int
         Warm calls, after one that does not count.
     """
-    work, _ = subtract_full(_laid_out(load_pair(path), side), hard=False)
+    work, _ = subtract_full(laid_out(load_pair(path), side), hard=False)
     keep_freed_memory()  # as every worker of a run does
     peak = Peak()
     work()
@@ -44,7 +44,8 @@ def measure(path: str, side: int, *, repeat: int = 3) -> dict[str, Any]:
     }
 
 
-def _laid_out(pair: Pair, side: int) -> Pair:
+def laid_out(pair: Pair, side: int) -> Pair:
+    """The pair's images side by side until they fill ``side``² pixels; the transients stay those of the first."""
     times = side // pair.new.shape[0]
     images = ("new", "ref", "variance_new", "variance_ref", "mask_new", "mask_ref")
     return replace(pair, **{name: np.tile(getattr(pair, name), (times, times)) for name in images})

@@ -156,7 +156,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default=f"{SHAPE[0]}x{SHAPE[1]}", help="rows x columns of the simulated quadrant")
     parser.add_argument("--goto", action="store_true", help="the real pair of BATCHPROC_TEST_DATA instead")
-    parser.add_argument("--data", default=str(Path(tempfile.gettempdir()) / "batchproc-bench"), help="files are kept")
+    parser.add_argument(
+        "--data", type=Path, default=Path(tempfile.gettempdir()) / "batchproc-bench", help="files are kept"
+    )
     parser.add_argument("--repeat", type=int, default=2, help="warm repetitions, of which the best counts")
     parser.add_argument("--profile", nargs="?", type=int, const=25, default=0, help="and the most expensive functions")
     options = parser.parse_args(arguments)
@@ -164,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
         entry = goto_entry()
     else:
         shape = [int(side) for side in options.shape.split("x")]
-        entry = run_fresh("tests.benchmarks.stages:prepare", data=options.data, shape=shape)
+        entry = run_fresh("tests.benchmarks.stages:prepare", data=str(options.data.resolve()), shape=shape)
     numbers = run_fresh(
         "tests.benchmarks.stages:measure", echo=True, entry=entry, repeat=options.repeat, profile=options.profile
     )

@@ -5,6 +5,7 @@ Every kernel also runs once, small, in the usual tests, so that it does not rot.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -91,7 +92,8 @@ def test_every_kernel_runs(name):
 @pytest.mark.bench
 @pytest.mark.parametrize("name", KERNELS)
 def test_speed(name, request):
-    """Seconds of one call, after a first that compiles and plans."""
+    """CPU seconds of one call, after a first that compiles and plans."""
     pytest.importorskip("pytest_benchmark")
+    request.node.add_marker(pytest.mark.benchmark(timer=time.process_time))
     kernel, side = KERNELS[name]
     request.getfixturevalue("benchmark").pedantic(kernel(side), rounds=5, warmup_rounds=1)
