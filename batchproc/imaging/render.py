@@ -42,6 +42,7 @@ GALAXY = np.dtype(
     [(name, np.float64) for name in ("x", "y", "flux", "radius", "index", "axis_ratio", "theta")],
 )
 
+_HALO_WIDTH, _HALO_BETA = 4.0, 1.6
 _MAX_RADIUS_SIZES = 3  # a bright star is painted out to at most three stamp sizes
 
 
@@ -122,7 +123,17 @@ class ParametricPsf:
         The FWHM grows by this fraction from the centre to a corner (as the square of the distance), and the two
         components of the ellipticity change by half of it from the centre to an edge (linearly).
     shape : (ny, nx)
-        Of the image; needed where ``variation`` is not zero.
+        Of the image; needed where ``variation`` or ``waves`` is not zero.
+    waves : float
+        On top, the FWHM goes up and down by this fraction, and the ellipticity by half of it, in waves one and a half
+        of which cross the image: no polynomial of low degree follows them.
+    phase : float
+        Of these waves, radians.
+    halo : float
+        This part of the light is in a halo of 4 FWHM that falls like r^-3.2: beyond any stamp.
+    growth : float
+        The FWHM grows by this fraction per electron of a source (brighter-fatter effect); `stamp` is that of a faint
+        one.
 
     Examples
     --------
@@ -138,6 +149,10 @@ class ParametricPsf:
     size: int = 0
     variation: float = 0.0
     shape: tuple[int, int] = (0, 0)
+    waves: float = 0.0
+    phase: float = 0.0
+    halo: float = 0.0
+    growth: float = 0.0
 
     def __post_init__(self) -> None:
         if self.size == 0:
@@ -149,8 +164,8 @@ class ParametricPsf:
             )
         if self.beta is not None and self.beta <= 1:
             raise ValueError(f"beta = {self.beta}: a Moffat profile of finite flux has β > 1")
-        if self.variation and min(self.shape) < 1:
-            raise ValueError(f"variation = {self.variation} needs the shape of the image, found {self.shape}")
+        if (self.variation or self.waves) and min(self.shape) < 1:
+            raise ValueError(f"variation = {self.variation or self.waves} needs the shape of the image: {self.shape}")
 
     def at(self, x: float, y: float) -> NDArray[np.float64]:
         """PSF stamp ``(size, size)`` at pixel (x, y): centred, unit sum."""
@@ -158,15 +173,22 @@ class ParametricPsf:
 
     def stamp(self, x: float = 0.0, y: float = 0.0, *, dx: float = 0.0, dy: float = 0.0) -> NDArray[np.float64]:
         """The PSF of place (x, y), its centre (dx, dy) pixels off the middle pixel; unit sum."""
-        form = self._form(np.array([x]), np.array([y]))[0]
+        form = self._form(np.array([x]), np.array([y]))
         image = np.zeros((self.size, self.size))
         half = self.size // 2
-        _paint(image, np.array([half + dx]), np.array([half + dy]), np.ones(1), form[None], self._beta, half, 0.0)
+        place = np.array([half + dx]), np.array([half + dy])
+        _paint(image, *place, np.array([1 - self.halo]), form, self._beta, half, 0.0)
+        if self.halo:
+            _paint(image, *place, np.array([self.halo]), form / _HALO_WIDTH**2, _HALO_BETA, half, 0.0)
         return image / image.sum()
 
     def paint(self, image: NDArray[np.float64], x: NDArray, y: NDArray, flux: NDArray, faintest: float) -> None:
         """Add sources to a float64 image in place, each out to where it has fallen below ``faintest`` per pixel."""
-        _paint(image, x, y, flux, self._form(x, y), self._beta, self.size // 2, faintest)
+        form = self._form(x, y)
+        wider = form / (1 + self.growth * np.maximum(flux, 0))[:, None] ** 2
+        _paint(image, x, y, (1 - self.halo) * flux, wider, self._beta, self.size // 2, faintest)
+        if self.halo:
+            _paint(image, x, y, self.halo * flux, form / _HALO_WIDTH**2, _HALO_BETA, self.size // 2, faintest)
 
     @property
     def _beta(self) -> float:
@@ -183,6 +205,12 @@ class ParametricPsf:
             u, v = (2 * x + 1) / nx - 1, (2 * y + 1) / ny - 1
             fwhm = fwhm * (1 + self.variation * (u**2 + v**2) / 2)
             e1, e2 = e1 + self.variation * u / 2, e2 + self.variation * v / 2
+        if self.waves:
+            ny, nx = self.shape
+            u, v = (2 * x + 1) / nx - 1, (2 * y + 1) / ny - 1
+            along, across = np.pi * (1.5 * u + 0.7 * v) + self.phase, np.pi * (1.5 * v - 0.7 * u) + 2 * self.phase
+            fwhm = fwhm * (1 + self.waves * np.sin(along))
+            e1, e2 = e1 + self.waves / 2 * np.sin(across), e2 + self.waves / 2 * np.cos(across)
         e = np.minimum(np.hypot(e1, e2), 0.6)
         angle = np.arctan2(e2, e1) / 2
         ratio = (1 - e) / (1 + e)

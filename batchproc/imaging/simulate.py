@@ -76,6 +76,12 @@ class Scene:
     """Its angle, degrees from x towards y."""
     psf_variation: float = 0.0
     """See `ParametricPsf.variation`; the same in both images."""
+    psf_waves: float = 0.0
+    """See `ParametricPsf.waves`; other ones in each image."""
+    halo: float = 0.0
+    """See `ParametricPsf.halo`; the same in both images."""
+    brighter_fatter: float = 0.0
+    """A star whose peak is at the full well is wider by this fraction than a faint one."""
     sky_new: float = 400.0
     """Sky of new, electrons per pixel."""
     sky_ref: float = 300.0
@@ -631,8 +637,16 @@ def scene_psfs(
         theta=scene.theta,
         variation=scene.psf_variation,
         shape=shape,
+        waves=scene.psf_waves,
+        halo=scene.halo,
     )
-    return new, replace(new, fwhm=scene.fwhm_ref, axis_ratio=1.0, size=0, shape=shape_ref or shape)
+    ref = replace(new, fwhm=scene.fwhm_ref, axis_ratio=1.0, size=0, shape=shape_ref or shape, phase=2.0)
+    if scene.brighter_fatter:
+        # Sources are painted in electrons of new; ref's own are fewer by the flux ratio.
+        full = scene.brighter_fatter / scene.saturation
+        new = replace(new, growth=full * new.stamp().max())
+        ref = replace(ref, growth=full * ref.stamp().max() / scene.flux_ratio)
+    return new, ref
 
 
 def scene_sigmas(scene: Scene) -> tuple[float, float]:
