@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -216,6 +216,7 @@ def subtract_exposures(
         "zero_point": new.zero_point,
         "assumed": list(new.meta.get("assumed", ())),
         "scorr_hist": subtraction.histogram.tolist(),
+        "trails": _in_file_units(candidates.trails, new.gain),
     }
     receipt = clock.receipt(image_id, n_candidates=len(stamps), quality=quality)
     return ImageResult(catalogue, stamps, receipt, subtraction.difference, image, reference)
@@ -379,6 +380,10 @@ def zero_points(difference: Difference, x: NDArray, y: NDArray, size: int) -> ND
         own = inside_y[here][:, :, None] & inside_x[here][:, None, :]
         f_d[here] = np.where(own, np.float32(k.f_d), f_d[here])
     return f_d
+
+
+def _in_file_units(trails: Sequence[Mapping[str, Any]], gain: float) -> list[dict[str, Any]]:
+    return [{**trail, "brightness": trail["brightness"] / gain} for trail in trails]
 
 
 def _catalogue(

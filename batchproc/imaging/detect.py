@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,7 @@ from batchproc.imaging.measure import PointSource, aperture_sum, fit_position, m
 from batchproc.imaging.particles import MARGIN, delta_test, track_test
 from batchproc.imaging.peaks import find_basins, pixels_above
 from batchproc.imaging.sources import BrightStars, Sources, bright_stars, find_sources
-from batchproc.imaging.trails import Trail, find_trails, on_trails
+from batchproc.imaging.trails import find_trails, on_trails, table
 from batchproc.records import CATALOGUE, Difference, Flag, Kernels, MaskBit
 
 __all__ = ["BrightStars", "Candidates", "Sources", "bright_stars", "detect", "find_peaks", "find_sources"]
@@ -52,13 +53,14 @@ class Candidates:
         are in electrons of new, except ref_flux and sigma_ref: electrons of ref as it was handed in.
     f_d : ndarray (n,)
         F_D of the tile that each lies in: D / F_D is in electrons of new.
-    trails : tuple of Trail
-        Satellites and other straight lines: each one object. Candidates on them carry `Flag.STREAK`.
+    trails : tuple of dict
+        Satellites and other straight lines, each one object (`batchproc.imaging.trails.table`). Candidates on them
+        carry `Flag.STREAK`.
     """
 
     columns: Mapping[str, NDArray]
     f_d: NDArray[np.float64]
-    trails: tuple[Trail, ...] = ()
+    trails: tuple[Mapping[str, Any], ...] = ()
 
     def __len__(self) -> int:
         return len(self.f_d)
@@ -113,9 +115,8 @@ def detect(
     streak |= on_trails(trails, x, y, fwhm, np.sign(columns["scorr"]))
     columns["flags"] = _flags(columns, psf_fwhm, streak, difference.mask, bright)
     dtypes = {column.name: column.dtype for column in CATALOGUE}
-    return Candidates(
-        {name: columns[name].astype(dtypes[name]) for name in dtypes if name in columns}, f_d, tuple(trails)
-    )
+    columns = {name: columns[name].astype(dtypes[name]) for name in dtypes if name in columns}
+    return Candidates(columns, f_d, tuple(table(trails, difference, fwhm)))
 
 
 def find_peaks(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -18,8 +19,9 @@ from scipy.ndimage import map_coordinates
 
 from batchproc.imaging.measure import GAUSSIAN_FWHM
 from batchproc.imaging.peaks import local_extrema, pixels_above
+from batchproc.records import Difference
 
-__all__ = ["Trail", "across", "find_trails", "on_trails"]
+__all__ = ["Trail", "across", "find_trails", "on_trails", "table"]
 
 _PEAK = 3.0  # sigma: what may vote
 _EXCESS = 9.0  # votes of a line above chance, in units of the square root of what chance gives (plus one)
@@ -152,6 +154,24 @@ def across(trail: Trail, image: NDArray[np.floating], fwhm: float) -> tuple[floa
     return GAUSSIAN_FWHM * math.sqrt(measured * variance / (variance - measured)), trail.sign * brightness
 
 
+def table(trails: Sequence[Trail], difference: Difference, fwhm: float) -> list[dict[str, Any]]:
+    """A row for each trail, of plain numbers.
+
+    ``x0, y0, x1, y1`` (its ends, pixels), ``length`` and ``width`` (FWHM, pixels), ``brightness`` (electrons of new per
+    pixel of length, negative where ref is the brighter), ``dashes`` (from and to, pixels from the first end),
+    ``n_peaks``.
+    """
+    rows = []
+    for trail in trails:
+        width, light = across(trail, difference.difference, fwhm)
+        f_d = difference.kernels_at(0.5 * (trail.x0 + trail.x1), 0.5 * (trail.y0 + trail.y1)).f_d
+        row = {"x0": trail.x0, "y0": trail.y0, "x1": trail.x1, "y1": trail.y1, "length": trail.length, "width": width}
+        row = {name: round(float(value), 2) for name, value in row.items()} | {"brightness": float(f"{light / f_d:.4g}")}
+        dashes = [[round(start, 1), round(stop, 1)] for start, stop in trail.dashes]
+        rows.append(row | {"dashes": dashes, "n_peaks": trail.n_peaks})
+    return rows
+
+
 def _of_one_sign(points: NDArray[np.float64], sign: int, fwhm: float, shape: tuple[int, int]) -> list[Trail]:
     points = everything = _spread_out(points, 8 * fwhm, shape)
     trails: list[Trail] = []
@@ -262,6 +282,6 @@ def _stretches(points: NDArray, beside: NDArray, fwhm: float, width: float, sign
 
 
 def _stands_out(group: NDArray, beside: NDArray) -> bool:
-    """More points than beside it, in an equal area, by 4 sigma and three times over: lines have sides, galaxies none."""
+    """More points than beside it, in an equal area, by 4 sigma and three times over: a line has sides."""
     expected = float(np.diff(np.searchsorted(beside, [group[0], group[-1]]))[0])
     return len(group) > max(expected + 4 * math.sqrt(expected + 1), 3 * expected)
