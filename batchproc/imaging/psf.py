@@ -22,6 +22,7 @@ from batchproc.errors import PsfError
 from batchproc.imaging.moments import measure_moments
 from batchproc.imaging.polynomial import Frame, n_terms
 from batchproc.imaging.psf_model import (
+    MAX_SIZE,
     EllipticalProfile,
     PsfModel,
     centring_offset,
@@ -39,6 +40,11 @@ __all__ = ["PsfModel", "Stars", "find_stars", "fit_psf"]
 _ROUNDS = 4
 #: Stars that tell the exponent of the smooth profile.
 _FOR_EXPONENT = 40
+#: Stars that tell how far the wings reach.
+_FOR_WINGS = 30
+#: A star of this S/N, or the brightest ones of the image where they are fainter, loses at most a source of this S/N to
+#: the end of the stamp.
+_WINGS_OF_SNR, _CUT_OFF = 2000.0, 0.4
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ def fit_psf(
     frame = Frame.of_image(data.shape)
     varying = len(found) >= config.min_stars_varying
     profile = _profile(found, frame, config.max_degree if varying else 0)
-    raw = cut_stars(data, rms, mask, found, _stamp_size(found, config))
+    raw = cut_stars(data, rms, mask, found, _stamp_size(data, rms, mask, found, config))
     raw = replace(raw, photons=_photons_per_electron(raw, variance, rms))
     draft = _fit_profile(profile, frame, raw)
     draft, fitted = _solve(draft, raw, config, varying)
@@ -146,13 +152,46 @@ def _enough(n: int, found: Stars, config: PsfConfig) -> None:
         )
 
 
-def _stamp_size(found: Stars, config: PsfConfig) -> int:
-    """Odd side in pixels: of the FWHM, and long enough for elongated stars."""
+def _stamp_size(
+    data: NDArray[np.floating],
+    rms: NDArray[np.floating],
+    mask: NDArray[np.integer] | None,
+    found: Stars,
+    config: PsfConfig,
+) -> int:
+    """Odd side in pixels: of the FWHM, long enough for elongated stars, and out to where wings no longer matter."""
     table = found.table
     mean, radius = (table["xx"] + table["yy"]) / 2, np.hypot((table["xx"] - table["yy"]) / 2, table["xy"])
     major = 2.3548 * float(np.percentile(np.sqrt(mean + radius), 90))
-    width = max(float(np.median(table["fwhm"])), 0.75 * major)
-    return int(np.clip(2 * round(config.size_fwhm * width / 2) + 1, 15, 81))
+    fwhm = float(np.median(table["fwhm"]))
+    size = _odd(config.size_fwhm * max(fwhm, 0.75 * major), 15)
+    if size >= MAX_SIZE:
+        return size
+    bright = table[np.argsort(-table["snr"], kind="stable")[:_FOR_WINGS]]
+    stars = cut_stars(data, rms, mask, replace(found, table=bright), MAX_SIZE)
+    # What the end of a stamp cuts off a star appears in the difference with the S/N of a source of this part of the
+    # star: its light in a pixel times the pixels that a PSF weighs (4 π σ²).
+    brightest = float(np.median(stars.flux / stars.rms)) / np.sqrt(4 * np.pi) / (fwhm / 2.3548)
+    allowed = _CUT_OFF / min(max(brightest, 1.0), _WINGS_OF_SNR) / (4 * np.pi * (fwhm / 2.3548) ** 2)
+    axis = np.arange(MAX_SIZE) - MAX_SIZE // 2
+    distance = np.hypot(axis[:, None], axis[None, :])
+    flux = stars.flux[:, None]
+    while size < MAX_SIZE:
+        # The taper begins at 0.88 of the half side.
+        ring = np.abs(distance - 0.46 * size) < max(1.0, 0.4 * fwhm)
+        good = stars.good[:, ring]
+        pixels = np.maximum(good.sum(axis=1, keepdims=True), 1.0)
+        light = np.sum(stars.data[:, ring] * good, axis=1, keepdims=True) / pixels
+        away = np.abs(light / flux - np.median(light / flux))
+        weight = pixels * (away <= 5 * np.median(away))
+        if np.sum(weight * flux * light) <= allowed * np.sum(weight * flux**2):
+            break
+        size = _odd(1.15 * size, size + 2)
+    return size
+
+
+def _odd(length: float, least: int) -> int:
+    return int(np.clip(2 * round(length / 2) + 1, least, MAX_SIZE))
 
 
 def _photons_per_electron(stars: StarStamps, variance: NDArray[np.floating] | None, rms: NDArray[np.floating]) -> float:
