@@ -454,7 +454,7 @@ def read(path, *, gain=None, saturation=np.inf):
 @pytest.mark.realdata
 class TestRealImages:
     def test_goto(self):
-        """Same WCS, stars up to 0.3 px apart: a curved correction is called for, after which 0.01 and 0.03 px are left."""
+        """Same WCS, stars up to 0.3 px apart: a curved correction is called for; 0.01 and 0.03 px are left."""
         new, ref = (read(real(f"images/goto/epoch{k}.fits"), gain=1.0, saturation=50000.0) for k in (2, 1))
         a = align(new, [ref])
         assert a.method == "wcs"

@@ -138,6 +138,30 @@ class TestDetect:
         stars = detect_stars(image.astype(np.float32), mask, 50000.0)
         assert sorted(stars.x.round().tolist()) == [50, 250]
 
+    @pytest.mark.parametrize("fwhm", [1.7, 3.0, 9.0])
+    def test_each_star_once_whatever_its_width(self, fwhm):
+        """Sharp or wide, on a sloping sky: every bright star, at its place and with its width and flux; the peaks that
+        noise makes on wide stars are no neighbours."""
+        shape = (700, 700)
+        x, y, flux = scatter_stars(60, shape, 2, margin=60, apart=50, faintest=2e4)
+        image = expose(render(shape, x, y, flux, fwhm) + np.linspace(0, 300, 700), 3)
+        stars = detect_stars(image.data)
+        i, j = match_stars(stars.xy, np.column_stack([x, y]), 1.0)
+        assert len(j) >= 58
+        assert len(stars) <= 60
+        assert np.median(stars.fwhm) == pytest.approx(np.hypot(fwhm, 0.68), rel=0.05)
+        assert np.median(stars.flux[i] / flux[j]) == pytest.approx(1, abs=0.03)
+
+    def test_crowds_give_the_stars_that_stand_alone(self):
+        """Several stars to each patch of 20 x 20 pixels: what is found is where bright stars are."""
+        shape = (600, 600)
+        x, y, flux = scatter_stars(5000, shape, 4, faintest=500)
+        stars = detect_stars(expose(render(shape, x, y, flux, 3.0), 5).data)
+        assert len(stars) >= 30
+        bright = flux > 2000
+        i, _ = match_stars(stars.xy, np.column_stack([x, y])[bright], 0.7)
+        assert len(i) >= 0.9 * len(stars)
+
     def test_nothing_to_find(self):
         """An empty image has no stars, and that is no error here."""
         assert len(detect_stars(np.zeros((100, 100), np.float32))) == 0
