@@ -580,7 +580,7 @@ def _median_rms(
     return float(np.median(values if values.size else sample))
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def _bad_in_both(mask_new, mask_ref, no_data):  # type: ignore[no-untyped-def]  # numba
     """Rows and columns of pixels without a good value in either image, no-data apart; and how many are good in both."""
     n_bad = n_good = 0
@@ -601,7 +601,7 @@ def _bad_in_both(mask_new, mask_ref, no_data):  # type: ignore[no-untyped-def]  
     return rows, columns, n_good
 
 
-@numba.njit(cache=True, error_model="numpy")
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _load(  # type: ignore[no-untyped-def]  # numba
     new,
     ref,
@@ -656,14 +656,14 @@ def _load(  # type: ignore[no-untyped-def]  # numba
         _replace(frame, y0 + int(fill[k, 0]), x0 + int(fill[k, 1]), x * per_new, x * to_ref * per_ref)
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def _replace(frame, i, j, new, ref):  # type: ignore[no-untyped-def]  # numba
     """A replaced pixel is known no better than by its own height: that keeps surroundings of saturated stars quiet."""
     frame[0][i, j], frame[1][i, j] = new, ref
     frame[2][i, j], frame[3][i, j] = np.float32(1) + new * new, np.float32(1) + ref * ref
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def _star_peaks(score_ref, mask, reach, margin):  # type: ignore[no-untyped-def]  # numba
     """Maxima of S_R above 50 within `reach` pixels (of equal ones, all), `margin` away from the image's edge."""
     ny, nx = score_ref.shape
@@ -686,7 +686,7 @@ def _star_peaks(score_ref, mask, reach, margin):  # type: ignore[no-untyped-def]
     return np.array(ys[1:]), np.array(xs[1:])
 
 
-@numba.njit(cache=True, error_model="numpy")
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _correct(planes, mask, amplitude2, shift2):  # type: ignore[no-untyped-def]  # numba
     """S_corr in the place of the total variance, and the fine histogram of what of it is blank sky."""
     _, score, variance, total, score_ref, gradient2 = planes
@@ -708,7 +708,7 @@ def _correct(planes, mask, amplitude2, shift2):  # type: ignore[no-untyped-def] 
     return histogram
 
 
-@numba.njit(cache=True, error_model="numpy")
+@numba.njit(cache=True, nogil=True, error_model="numpy")
 def _normalise(planes, mask, no_data, width, root_f_s, histogram):  # type: ignore[no-untyped-def]  # numba
     """One tile's last pass: S_corr over its width; flux and its error in the places of score and variance.
 

@@ -231,7 +231,7 @@ def filter_frame(filters: Filters, frame: Frame) -> Frame:
     return Frame(*(fft.backward(spectrum, image) for spectrum, image in zip(spectra, frame, strict=True)))
 
 
-@numba.njit(cache=True, fastmath=_FAST, error_model="numpy")
+@numba.njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
 def _multiply(  # type: ignore[no-untyped-def]  # numba
     psf_new, psf_ref, k2_new, k2_ref, white_new, white_ref, new, ref, variance_new, variance_ref, a, b, unit, per_root
 ):
@@ -274,7 +274,7 @@ def _multiply(  # type: ignore[no-untyped-def]  # numba
             )
 
 
-@numba.njit(cache=True, fastmath=_FAST, error_model="numpy")
+@numba.njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
 def score_frame(  # type: ignore[no-untyped-def]  # numba
     frame, y0, x0, sigma2_x, sigma2_y, sigma2_beta, out
 ):
@@ -318,7 +318,7 @@ def score_frame(  # type: ignore[no-untyped-def]  # numba
             gradient2[j] = g_x[j] + g_y[j]
 
 
-@numba.njit(cache=True, fastmath=_FAST, error_model="numpy")
+@numba.njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
 def _add_slopes2(s, y, x0, g_x, g_y):  # type: ignore[no-untyped-def]  # numba
     """Add the squares of ds/dx and ds/dy along a part of row y."""
     c1, c2, c3, c4 = np.float32(4 / 5), np.float32(-1 / 5), np.float32(4 / 105), np.float32(-1 / 280)
@@ -492,7 +492,7 @@ def fill_masked(
     return new, ref
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, nogil=True)
 def interpolate_over(data, bad, rows, columns):  # type: ignore[no-untyped-def]  # numba
     """Gaussian-weighted mean of the good neighbours of each given pixel; 0 where nothing good is within 32 pixels.
 
