@@ -30,8 +30,11 @@ _SOURCE_SNR = 3.0
 _OUTSKIRTS = 2
 #: Larger sources than this (hypot of the widths along both axes, pixels) have outskirts that reach farther.
 _LARGE = 3.0
-#: Looks at an image at most: where something large covers this many cells, the first level was not sky.
-_ROUNDS, _MANY = 3, 4
+#: Looks at an image at most: where something large covers this many cells (but not more than this part of them all),
+#: the first level was not sky.
+_ROUNDS, _MANY, _MOST = 3, 4, 0.15
+#: Surface brightness (in units of the noise of a pixel) below which four fifths of a nebula lie, and no galaxy.
+_THIN = 4.0
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def measure_background(
         width = np.clip(np.where(np.isfinite(rms), rms, scale), scale, 4 * scale)
         correction, noise = measure_cells(image, bad, hidden, cells, surface, centre, width)
         lost = np.isfinite(level) & ~np.isfinite(correction)
-        if np.count_nonzero(lost) < _MANY or not np.isfinite(correction).any():
+        if not _MANY <= np.count_nonzero(lost) <= lost.size * _MOST:
             break  # the filter over the cells takes care of a single one
         # Something large covers these cells: what the first look saw there was not sky, and hid its outskirts.
         level[lost] = rms[lost] = np.nan
@@ -169,18 +172,39 @@ def _sources(
     light = np.empty(((ny + 1) // 2, (nx + 1) // 2), np.float32)
     found = np.zeros(light.shape, dtype=bool)
     _significant(image, bad, sky.nodes, sky.curvature, rms, light, found)
-    halo = _halos(light, found)
+    labels, n = ndimage.label(found, np.ones((3, 3)))
+    if n == 0:
+        return found
+    y, x = np.nonzero(found)
+    source = labels[y, x]
+    thin = _thin(y, x, source, light, rms)
+    found[y[thin], x[thin]] = False
+    halo = _halos(y, x, np.where(np.isin(source, np.unique(source[thin])), 0, source), n, light)
     found = dilate(found, _OUTSKIRTS)
     return found if halo is None else found | halo
 
 
-def _halos(light: NDArray[np.float32], found: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
-    """Ellipses of 6 widths around large sources, on blocks; None where there are none."""
-    labels, n = ndimage.label(found, np.ones((3, 3)))
-    if n == 0:
-        return None
-    y, x = np.nonzero(found)
-    source = labels[y, x]
+def _thin(
+    y: NDArray, x: NDArray, source: NDArray, light: NDArray[np.float32], rms: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """Blocks of nebulae: of faint light over more than a mesh cell, which the mesh follows. Stars in it stay sources.
+
+    A galaxy of that size has a bright middle: a fifth of its blocks are far above the noise of a pixel.
+    """
+    size = np.bincount(source)
+    large = np.flatnonzero(size > light.size / rms.size)
+    thin = np.zeros(source.size, dtype=bool)
+    for one in large:
+        here = np.flatnonzero(source == one)
+        j, i = (place[here] * m // n for place, m, n in zip((y, x), rms.shape, light.shape, strict=True))
+        brightness = light[y[here], x[here]] / 4 / rms[j, i]
+        if np.percentile(brightness, 80) < _THIN:
+            thin[here] = brightness < _THIN
+    return thin
+
+
+def _halos(y: NDArray, x: NDArray, source: NDArray, n: int, light: NDArray[np.float32]) -> NDArray[np.bool_] | None:
+    """Ellipses of 6 widths around large sources, on blocks; None where there are none. Source 0 does not count."""
     weight = np.maximum(light[y, x], 0).astype(np.float64)
 
     def mean(values: NDArray) -> NDArray:
@@ -195,7 +219,7 @@ def _halos(light: NDArray[np.float32], found: NDArray[np.bool_]) -> NDArray[np.b
         return None
     a, b = np.sqrt(middle + half)[large], np.sqrt(np.maximum(middle - half, 1 / 12))[large]
     theta = 0.5 * np.arctan2(2 * xy, xx - yy)[large]
-    halo = np.zeros(found.shape, dtype=bool)
+    halo = np.zeros(light.shape, dtype=bool)
     sep.mask_ellipse(halo, x0[large], y0[large], a, b, theta, r=6.0)
     return halo
 
