@@ -1,11 +1,13 @@
 """The tiles of one image on many workers: a `map` for the numerics, in the order of its input.
 
 One image a task is the quickest way through many images, since nothing but a receipt crosses the wire. One large image
-is back sooner when its tiles are worked on everywhere: the task that has the image hands each frame to a worker, and
-puts together what comes back. The function and its inputs are the same either way, so the bytes are too.
+is back sooner when its tiles are worked on everywhere. The task that has the image does the tiles of its own machine in
+threads, one for each worker there (they are idle, and a subtraction is too quick to be worth a copy of its pixels), and
+sends frames to the workers of other machines. The function and its inputs are the same wherever it runs, so the bytes
+are too.
 
 Frames go from worker to worker; the scheduler knows them by name only, and no more of them are under way than it takes
-to keep the workers busy.
+to keep everybody busy.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from batchproc.distribute.executors import WorkerDiedError
 
@@ -23,6 +27,9 @@ __all__ = ["TileMap", "tiles_under_way"]
 
 Input = TypeVar("Input")
 Output = TypeVar("Output")
+
+#: Stands for the threads of this process among the addresses of workers.
+_HERE = ""
 
 
 def tiles_under_way(workers: int) -> int:
@@ -42,7 +49,7 @@ class TileMap:
         Called without arguments in the process of a tile before each (settings, FFTW's plans), so it should remember
         what it has done.
     client : distributed.Client, optional
-        The cluster, for a caller that is not a task on it.
+        The cluster, for a caller that is not a task on it: all tiles go there.
 
     Attributes
     ----------
@@ -62,29 +69,37 @@ class TileMap:
         WorkerDiedError
             A worker died under a tile. What the function raises is raised as it is.
         """
-        from distributed import worker_client
+        from distributed import get_worker, worker_client
 
-        with nullcontext(self._client) if self._client else worker_client() as client:
+        with ExitStack() as stack:
+            client = self._client or stack.enter_context(worker_client())
             threads = client.nthreads()
-            window = tiles_under_way(sum(threads.values()))
+            if self._client is None:
+                threads = _with_own_machine_here(threads, get_worker().address)
+            pool = stack.enter_context(ThreadPoolExecutor(threads[_HERE])) if _HERE in threads else None
             waiting: deque[tuple[Any, str]] = deque()  # each tile, and where it was sent
 
-            def load(worker: str) -> float:
-                return sum(where == worker and not tile.done() for tile, where in waiting) / threads[worker]
+            def load(where: str) -> float:
+                return sum(there == where and not tile.done() for tile, there in waiting) / threads[where]
+
+            def submit(item: Input) -> tuple[Any, str]:
+                where = min(threads, key=load)
+                if pool is not None and where == _HERE:
+                    return pool.submit(_work, self._prepare, function, item), where
+                return self._send(client, where, function, item), where
 
             try:
                 for item in inputs:
-                    where = min(threads, key=load)
-                    waiting.append((self._submit(client, where, function, item), where))
-                    if len(waiting) >= window:
+                    waiting.append(submit(item))
+                    if len(waiting) >= tiles_under_way(sum(threads.values())):
                         yield self._take(waiting.popleft()[0])
                 while waiting:
                     yield self._take(waiting.popleft()[0])
             finally:
-                if waiting:
-                    client.cancel([tile for tile, _ in waiting])
+                for tile, _ in waiting:
+                    tile.cancel()
 
-    def _submit(self, client: Any, worker: str, function: Callable[[Any], Any], item: Any) -> Any:
+    def _send(self, client: Any, worker: str, function: Callable[[Any], Any], item: Any) -> Any:
         # Into this worker's own memory, from where the chosen one fetches it; only a name goes to the scheduler. Left
         # to itself the scheduler would send every tile to where the frames are.
         (frame,) = client.scatter([item], hash=False)
@@ -99,17 +114,23 @@ class TileMap:
             priority=1,  # before whole images: the task that waits for a tile holds one already
         )
 
-    def _take(self, future: Any) -> Any:
+    def _take(self, tile: Any) -> Any:
         from distributed import KilledWorker
 
         try:
-            value, process, cpu_seconds = future.result()
+            value, process, cpu_seconds = tile.result()
         except KilledWorker:
             raise WorkerDiedError("a worker process died while it worked on a tile of this image") from None
-        future.release()
         if process != os.getpid():
             self.cpu_elsewhere += cpu_seconds
         return value
+
+
+def _with_own_machine_here(threads: dict[str, int], address: str) -> dict[str, int]:
+    """Threads of each worker, those on the machine of `address` joined into one entry: here."""
+    host = urlsplit(address).hostname
+    away = {worker: n for worker, n in threads.items() if urlsplit(worker).hostname != host}
+    return {_HERE: sum(threads.values()) - sum(away.values()), **away}
 
 
 def _work(prepare: Callable[[], Any] | None, function: Callable[[Any], Any], item: Any) -> tuple[Any, int, float]:
