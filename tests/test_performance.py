@@ -63,7 +63,7 @@ def test_cost_and_memory_by_size(small_pair):
         for side in (1024, 2048, 4096, 8192)
     }
     assert rows[4096]["MB"] <= 600
-    costs = [row["floors"] for row in rows.values()]
+    costs = [row["CPU per Mpix"] for row in rows.values()]
     assert max(costs) <= 1.2 * min(costs)
 
 

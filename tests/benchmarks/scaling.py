@@ -32,7 +32,6 @@ def measure(path: str, side: int, *, repeat: int = 3) -> dict[str, Any]:
     cpu = min(cpu_and_wall(work)[1] for _ in range(repeat))
     memory = peak.above_start_mb()
     mpix = side**2 / 1e6
-    # In units of a transform measured beside it, the clock and the load of the machine drop out.
     floor = FLOOR_TRANSFORMS * rfft2_seconds() / (2048**2 / 1e6)
     return {
         "side": side,
