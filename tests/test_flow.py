@@ -1,6 +1,7 @@
 """The story end to end, on one image: what is planted comes back with its place, flux and time; failures say why."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from astropy.wcs import WCS
 from batchproc import simulate
 from batchproc.config import Config
 from batchproc.errors import AlignError, ReadError, SubtractError
-from batchproc.flow import _require_sane_noise, candidate_id, process_image
+from batchproc.flow import _require_sane_noise, candidate_id, process_image, zero_points
 from batchproc.imaging.saturation import grow_saturated, saturated_stars
 from batchproc.records import CATALOGUE, ManifestEntry, MaskBit
 from tests.benchmarks.promises import match
@@ -178,6 +179,20 @@ def test_candidate_ids_tell_sign_and_place():
     assert candidate_id("img", 10.04, 20.0, 5.0) == "img_p00010.0_00020.0"
     assert candidate_id("img", 10.04, 20.0, -5.0) != candidate_id("img", 10.04, 20.0, 5.0)
     assert candidate_id("img", -0.4, 20.0, 5.0) == "img_p00000.0_00020.0"
+
+
+def test_stamps_take_the_zero_point_of_the_tile_that_each_pixel_lies_in():
+    """Stamps across seams and over the edge of the image: F_D of every pixel is that of its own tile, 1 outside."""
+    edges = {"x": (0, 30, 70), "y": (0, 50, 64)}
+    kernels, plane = [], np.ones((64 + 20, 70 + 20), np.float32)
+    for n, (i, j) in enumerate([(0, 0), (1, 0), (0, 1), (1, 1)]):
+        x0, x1, y0, y1 = edges["x"][i], edges["x"][i + 1], edges["y"][j], edges["y"][j + 1]
+        kernels.append(SimpleNamespace(x0=x0, x1=x1, y0=y0, y1=y1, f_d=2.0 + n))
+        plane[10 + y0 : 10 + y1, 10 + x0 : 10 + x1] = 2.0 + n
+    x, y = np.array([5.0, 30.2, 69.0, 29.5]), np.array([5.0, 49.6, 63.0, 20.0])
+    found = zero_points(SimpleNamespace(kernels=kernels), x, y, 9)
+    for stamp, i, j in zip(found, np.rint(x).astype(int), np.rint(y).astype(int), strict=True):
+        np.testing.assert_array_equal(stamp, plane[j + 6 : j + 15, i + 6 : i + 15])
 
 
 def test_saturated_areas_grow_and_are_listed():
