@@ -222,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(parts[0], flush=True)
     for name in chosen:
         title, section = SECTIONS[name]
-        parts.append(f"## {title}\n\n{section(str(options.data.resolve()))}")
+        parts.append(f"### {title}\n\n{section(str(options.data.resolve()))}")
         print(f"\n{parts[-1]}", flush=True)
     print(f"\n{time.monotonic() - start:.0f} s in all", file=sys.stderr)
     if options.write:
