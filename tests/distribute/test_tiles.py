@@ -7,12 +7,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from batchproc import simulate
 from batchproc.config import Config
+from batchproc.distribute import tiles
 from batchproc.distribute.executors import WorkerDiedError
 from batchproc.distribute.plan import choose_spread, images_at_once
 from batchproc.distribute.tiles import TileMap, tiles_under_way
@@ -29,9 +31,9 @@ def double(x):
     return 2 * x
 
 
-def tell_process(x):
+def tell_place(x):
     time.sleep(0.02)
-    return x, os.getpid()
+    return x, os.getpid(), threading.get_ident()
 
 
 def fail(x):
@@ -49,6 +51,13 @@ def mapped(function, n):
     return list(TileMap()(function, range(n)))
 
 
+def mapped_afar(function, n):
+    """The same where every worker is on a machine of its own."""
+    with mock.patch.object(tiles, "_with_own_machine_here", lambda threads, address: threads):
+        map_tiles = TileMap()
+        return list(map_tiles(function, range(n))), map_tiles.cpu_elsewhere
+
+
 def how_far_ahead(n):
     """The most inputs that had been drawn before their results were there."""
     drawn, most = 0, 0
@@ -59,7 +68,7 @@ def how_far_ahead(n):
             drawn += 1
             yield i
 
-    for taken, _ in enumerate(TileMap()(tell_process, inputs())):
+    for taken, _ in enumerate(TileMap()(tell_place, inputs())):
         most = max(most, drawn - taken)
     return most
 
@@ -121,13 +130,32 @@ def test_the_map_is_the_builtin_one(client):
     assert client.submit(mapped, double, 0, pure=False).result() == []
 
 
-def test_the_tiles_of_one_task_are_done_by_all_workers(client):
-    """In about equal parts, its own process included, though the task waits there."""
-    found = client.submit(mapped, tell_process, 24, pure=False).result()
-    assert [x for x, _ in found] == list(range(24))
-    processes = [process for _, process in found]
+def test_tiles_stay_on_their_machine_in_as_many_threads_as_it_has_workers(client):
+    """In the process that has the image: no pixel is sent next door."""
+    found = client.submit(mapped, tell_place, 24, pure=False).result()
+    assert [x for x, _, _ in found] == list(range(24))
+    assert len({process for _, process, _ in found}) == 1
+    assert len({thread for _, _, thread in found}) == 2
+
+
+def test_tiles_go_to_the_workers_of_other_machines(client):
+    """In about equal parts, to that of the task too, which waits; what they spend elsewhere is known."""
+    found, cpu_elsewhere = client.submit(mapped_afar, tell_place, 24, pure=False).result()
+    assert [x for x, _, _ in found] == list(range(24))
+    processes = [process for _, process, _ in found]
     assert len(set(processes)) == 2
     assert all(processes.count(process) >= 6 for process in set(processes))
+    assert 0 < cpu_elsewhere < 5
+
+
+def test_machines_are_told_apart_by_their_address():
+    """Threads of workers next door count as our own; others keep theirs."""
+    threads = {"tcp://10.0.0.1:1": 1, "tcp://10.0.0.1:2": 2, "tls://10.0.0.2:1": 4, "tcp://[::1]:7": 1}
+    assert tiles._with_own_machine_here(threads, "tcp://10.0.0.1:2") == {
+        "": 3,
+        "tls://10.0.0.2:1": 4,
+        "tcp://[::1]:7": 1,
+    }
 
 
 def test_no_more_frames_are_drawn_than_keep_the_workers_busy(client):
@@ -139,19 +167,22 @@ def test_several_images_share_the_workers(client):
     """More images than workers, all waiting for tiles at once, do not block one another."""
     futures = [client.submit(mapped, double, n, pure=False) for n in (5, 6, 7, 8, 9)]
     assert [len(future.result(timeout=60)) for future in futures] == [5, 6, 7, 8, 9]
+    futures = [client.submit(mapped_afar, double, n, pure=False) for n in (5, 6, 7, 8, 9)]
+    assert [len(future.result(timeout=60)[0]) for future in futures] == [5, 6, 7, 8, 9]
 
 
 def test_an_error_of_a_tile_is_raised_where_it_was_asked_for(client):
     """With its type and its numbers; the workers go on."""
-    with pytest.raises(ReadError, match="tile 3") as caught:
-        client.submit(mapped, fail, 9, pure=False).result()
-    assert caught.value.metadata == {"found": 3}
+    for where in (mapped, mapped_afar):
+        with pytest.raises(ReadError, match="tile 3") as caught:
+            client.submit(where, fail, 9, pure=False).result()
+        assert caught.value.metadata == {"found": 3}
     assert client.submit(mapped, double, 3, pure=False).result() == [0, 2, 4]
 
 
 def test_nothing_is_left_on_the_cluster(client):
     """Neither frames nor results are kept once they have been taken."""
-    client.submit(mapped, double, 20, pure=False).result()
+    client.submit(mapped_afar, double, 20, pure=False).result()
     deadline = time.monotonic() + 10
     while any(client.has_what().values()) and time.monotonic() < deadline:
         time.sleep(0.05)
