@@ -42,9 +42,9 @@ _ROUNDS = 4
 _FOR_EXPONENT = 40
 #: Stars that tell how far the wings reach.
 _FOR_WINGS = 30
-#: A star of this S/N, or the brightest ones of the image where they are fainter, loses at most a source of this S/N to
+#: A star of this S/N, or the brightest one of the image where that is fainter, loses at most a source of this S/N to
 #: the end of the stamp.
-_WINGS_OF_SNR, _CUT_OFF = 2000.0, 0.4
+_WINGS_OF_SNR, _CUT_OFF = 2000.0, 0.6
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _stamp_size(
     stars = cut_stars(data, rms, mask, replace(found, table=bright), MAX_SIZE)
     # What the end of a stamp cuts off a star appears in the difference with the S/N of a source of this part of the
     # star: its light in a pixel times the pixels that a PSF weighs (4 π σ²).
-    brightest = float(np.median(stars.flux / stars.rms)) / np.sqrt(4 * np.pi) / (fwhm / 2.3548)
+    brightest = float(np.max(stars.flux / stars.rms)) / np.sqrt(4 * np.pi) / (fwhm / 2.3548)
     allowed = _CUT_OFF / min(max(brightest, 1.0), _WINGS_OF_SNR) / (4 * np.pi * (fwhm / 2.3548) ** 2)
     axis = np.arange(MAX_SIZE) - MAX_SIZE // 2
     distance = np.hypot(axis[:, None], axis[None, :])

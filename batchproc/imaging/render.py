@@ -130,7 +130,7 @@ class ParametricPsf:
     phase : float
         Of these waves, radians.
     halo : float
-        This part of the light is in a halo of 4 FWHM that falls like r^-3.2: beyond any stamp.
+        This part of the light in the stamp is of a halo, 4 FWHM wide and falling like r^-3.2, that reaches far beyond.
     growth : float
         The FWHM grows by this fraction per electron of a source (brighter-fatter effect); `stamp` is that of a faint
         one.
