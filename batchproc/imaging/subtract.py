@@ -54,6 +54,9 @@ FILL_REACH = 32
 #: The finer histogram that the width is read from: this many bins per sigma, out to as many sigma.
 _BINS_PER_SIGMA, _HISTOGRAM_REACH = 256, 16
 
+#: Farther out than this many sigma, blank sky is not asked how wide its noise is.
+_CUT = 2.5
+
 #: Sigma maps are smooth: their median over a tile is taken from every so many pixels.
 _STRIDE = 8
 
@@ -507,12 +510,23 @@ def blank_sky_width(values: NDArray) -> float:
 
 
 def _width(fine: NDArray[np.int64]) -> float:
-    """`blank_sky_width` of the values behind the fine histogram."""
-    total = int(fine.sum())
-    if total < 100:
+    """Standard deviation of the noise behind the fine histogram, real sources among it or not.
+
+    Half the distance between the two percentiles that are one sigma from the middle of a Gaussian cut at `_CUT` sigma:
+    what lies farther out is sources more than noise, and counted it would make the noise 1 % too wide where there are
+    150 sources a Mpix.
+    """
+    if fine.sum() < 100:
         return 1.0
     edges = (np.arange(fine.size + 1) - fine.size // 2) / _BINS_PER_SIGMA
-    low, high = np.interp(np.array([0.15865525, 0.84134475]) * total, np.concatenate([[0], np.cumsum(fine)]), edges)
+    cumulative = np.concatenate([[0], np.cumsum(fine)])
+    share = math.erf(math.sqrt(0.5)) / math.erf(_CUT * math.sqrt(0.5))
+    low, high = np.interp(np.array([0.15865525, 0.84134475]) * cumulative[-1], cumulative, edges)
+    for _ in range(10):
+        middle, width = (low + high) / 2, (high - low) / 2
+        below, above = np.interp([middle - _CUT * width, middle + _CUT * width], edges, cumulative)
+        wanted = below + (above - below) * np.array([1 - share, 1 + share]) / 2
+        low, high = np.interp(wanted, cumulative, edges)
     width = float(high - low) / 2
     return width if width > 0 else 1.0
 

@@ -91,6 +91,17 @@ def test_renormalisation_is_measured_and_applied(noise):
     np.testing.assert_allclose(result.difference.flux_err, 1.25 * plain.difference.flux_err, rtol=0.02)
 
 
+def test_sources_do_not_widen_the_noise(noise):
+    """With 300 sources of S/N 8 a Mpix, the width of S_corr on blank sky is that without them."""
+    new, ref = noise[0].copy(), noise[1]
+    alone = run(new, ref)
+    flux = 8 / np.sqrt(alone.difference.kernels[0].f_s)
+    rng = np.random.default_rng(3)
+    for x, y in rng.integers(20, 410, (65, 2)):
+        new[y - 13 : y + 14, x - 13 : x + 14] += flux * PSF_NEW.psf
+    assert run(new, ref).renormalisation == pytest.approx(alone.renormalisation, rel=0.01)
+
+
 def test_a_bad_region_in_one_image_leaves_no_scar(noise):
     """Pixels that are bad in one image only, however wild, do not make detections around them."""
     new, ref = noise[0].copy(), noise[1].copy()
