@@ -30,8 +30,8 @@ _GUESSED_CANDIDATES = 100  # an image, where none has been measured
 _COMPRESSION = 3.4  # of stamps rounded to 1/16 of the noise
 _ROW_BYTES = 300
 _FILES = 4  # an image: its rows, two of its stamps, its marker
-_WORTH_SPREADING = 2**24  # pixels of an image: what the tiles of a smaller one save is lost on their way
-_TILE_BYTES = 13 * 4  # a pixel of a frame: four planes, their spectra, six results
+_WORTH_SPREADING = 2**24  # pixels of an image: a smaller one is subtracted in two seconds
+_TILE_BYTES = 18 * 4  # a pixel of a frame: four planes, eight spectra, six results
 _LOOKED_AT = 4  # images whose headers are read for their size
 
 
