@@ -38,7 +38,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class BackgroundConfig:
-    """Sky and noise (SEP's mesh)."""
+    """Sky and noise, by a mesh of cells."""
 
     mesh_size: int = 64
     """Side of a mesh cell in pixels; the cell must be large against the stars and small against the sky's structure."""
