@@ -44,11 +44,11 @@ class Flag(IntFlag):
     MASKED = 2  #: masked pixels under the core of the PSF
     SATURATED = 4  #: within reach of a saturated star
     BRIGHT_STAR = 8  #: on the residual of a star too bright for the PSF model
-    DIPOLE = 16  #: a positive and a negative lobe side by side
-    COSMIC_RAY = 32  #: fits a single hot pixel in new better than the PSF (E129)
-    HOT_PIXEL_REF = 64  #: fits a single hot pixel in ref better than the PSF (E133)
+    DIPOLE = 16  #: a positive and a negative lobe side by side, or a star of ref that moved a little
+    COSMIC_RAY = 32  #: a hot pixel or a track of them in new explains it better than the PSF (E129)
+    HOT_PIXEL_REF = 64  #: a hot pixel or a track of them in ref explains it better than the PSF (E133)
     STREAK = 128  #: part of an elongated trail
-    BAD_FIT = 256  #: the PSF does not describe it (chi-square)
+    BAD_FIT = 256  #: the PSF does not describe it (chi-square), or a smooth patch does better
 
 
 @runtime_checkable
