@@ -58,6 +58,7 @@ def run(pair: simulate.SimulatedPair, *, bright: bool = False, sources: bool = F
         "mask_new": grow_saturated(pair.mask_new, pair.psf_new.fwhm),
         "mask_ref": grow_saturated(pair.mask_ref, pair.psf_ref.fwhm),
         "star_residuals": False,
+        "renormalise": False,  # the noise is known, and what is planted would count as some
     }
     result = subtract(pair.new, pair.ref, more.pop("psf_new", pair.psf_new), pair.psf_ref, **given | more)
     found = find_sources(pair.ref, given["rms_ref"], pair.mask_ref) if bright or sources else None
