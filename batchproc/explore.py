@@ -238,8 +238,8 @@ def _tile(
     """Planes, kernels and mask of what a tile owns, before anything is divided by the whole image's noise."""
     recipe, config = shared
     y, x = corner
-    new = make_ready(load_part(cut_new), recipe.psf_new, config)
-    ref = make_ready(load_part(cut_ref), recipe.psf_ref, config)
+    new = make_ready(load_part(cut_new), recipe.psf_new, recipe.noise_new, config)
+    ref = make_ready(load_part(cut_ref), recipe.psf_ref, recipe.noise_ref, config)
     here = Tile(tile.fy - y, tile.fx - x, tile.side, tile.y0 - y, tile.y1 - y, tile.x0 - x, tile.x1 - x)
     (given,) = prepare(
         new.data,
@@ -255,6 +255,8 @@ def _tile(
         mask_ref=ref.mask,
         registration_sigma=recipe.registration_sigma,
         flux_ratio_error=recipe.flux_ratio_error,
+        noise_new=None if recipe.noise_new is None else recipe.noise_new.acf,
+        noise_ref=None if recipe.noise_ref is None else recipe.noise_ref.acf,
         tiles=[here],
     )
     result = subtract_tile(given)

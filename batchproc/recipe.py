@@ -16,6 +16,7 @@ from batchproc.config import Config
 from batchproc.errors import PsfError, SubtractError
 from batchproc.imaging.background import measure_background
 from batchproc.imaging.centres import match_centres
+from batchproc.imaging.noise import measure_autocorrelation, seen_by
 from batchproc.imaging.photometry import measure_flux_ratio, psf_flux
 from batchproc.imaging.psf import fit_psf
 from batchproc.imaging.saturation import grow_saturated
@@ -25,7 +26,7 @@ from batchproc.imaging.variance import source_variance
 from batchproc.io.parts import Image, Part, load_part
 from batchproc.records import MaskBit, PsfLike
 
-__all__ = ["Ready", "Recipe", "make_ready", "measure_recipe"]
+__all__ = ["Noise", "Ready", "Recipe", "make_ready", "measure_recipe"]
 
 #: Side of the blocks of a sample in pixels, and how many of them along each axis.
 BLOCK, BLOCKS = 768, 3
@@ -34,6 +35,22 @@ _SEAM = 3
 
 
 @dataclass(frozen=True)
+class Noise:
+    """How the noise of neighbouring pixels hangs together: see `batchproc.imaging.noise`.
+
+    Attributes
+    ----------
+    acf : ndarray (n, n) float64
+        Autocorrelation, 1 at zero lag.
+    seen : float
+        Variance of it that the image's PSF sees, in units of white noise of the same rms.
+    """
+
+    acf: NDArray[np.float64]
+    seen: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What a subtraction must know that a tile cannot tell.
 
@@ -46,6 +63,8 @@ class Recipe:
         Relative.
     registration_sigma : (float, float)
         Rms in x and y, pixels.
+    noise_new, noise_ref : Noise or None
+        None: white.
     residuals : ResidualModel
         How badly stars subtract.
     renormalisation : float
@@ -57,6 +76,8 @@ class Recipe:
     flux_ratio: float
     flux_ratio_error: float = 0.0
     registration_sigma: tuple[float, float] = (0.0, 0.0)
+    noise_new: Noise | None = field(default=None, repr=False)
+    noise_ref: Noise | None = field(default=None, repr=False)
     residuals: ResidualModel = field(default_factory=ResidualModel)
     renormalisation: float = 1.0
 
@@ -82,7 +103,7 @@ class Ready:
     mask: NDArray[np.uint8]
 
 
-def make_ready(part: Part, psf: PsfLike, config: Config) -> Ready:
+def make_ready(part: Part, psf: PsfLike, noise: Noise | None, config: Config) -> Ready:
     """Take the sky out of a part, unless that has been done, and say how noisy its pixels are.
 
     Where the sky is measured, the photon noise of sources is counted and saturated stars are masked half a FWHM wider,
@@ -93,7 +114,9 @@ def make_ready(part: Part, psf: PsfLike, config: Config) -> Ready:
     sky = measure_background(part.data, part.mask, config.background)
     data, variance = sky.subtracted(part.data, part.mask), part.variance
     if variance is None and config.subtract.source_noise:
-        variance = source_variance(data, np.square(sky.rms), psf)
+        # Sources are looked for as filters see the noise, which is more than its pixels scatter where it is correlated.
+        seen = np.float32(1 if noise is None else noise.seen)
+        variance = source_variance(data, np.square(sky.rms) * seen, psf) / seen
     return Ready(data, sky.rms, variance, grow_saturated(part.mask, psf.fwhm))
 
 
@@ -107,13 +130,18 @@ def measure_recipe(new: Image, ref: Image, flux_ratio: float | None, config: Con
     SubtractError
         Too few of them in both images.
     """
-    if new.psf is not None and ref.psf is not None and flux_ratio is not None:
-        return Recipe(new.psf, ref.psf, flux_ratio)
     psfs_given = new.psf is not None and ref.psf is not None
+    prepared = new.sigma is not None and ref.sigma is not None
+    if new.psf is not None and ref.psf is not None and flux_ratio is not None and prepared:
+        return Recipe(psf_new=new.psf, psf_ref=ref.psf, flux_ratio=flux_ratio)
     rows, columns = (_Sampling.of(length) for length in new.shape)
     a, b = (_Sample.of(image, rows, columns, config) for image in (new, ref))
     psf_new, psf_ref = (s.psf(image, config, name) for s, image, name in ((a, new, "new"), (b, ref, "ref")))
-    variances = [source_variance(s.data, np.square(s.rms), psf) for s, psf in ((a, psf_new), (b, psf_ref))]
+    noise_new, noise_ref = a.noise(psf_new, new), b.noise(psf_ref, ref)
+    variances = [
+        source_variance(s.data, np.square(s.rms) * np.float32(1 if noise is None else noise.seen), psf)
+        for s, psf, noise in ((a, psf_new, noise_new), (b, psf_ref, noise_ref))
+    ]
     stars = a.stars(config)
     registration = (0.0, 0.0)
     if not psfs_given:
@@ -151,6 +179,8 @@ def measure_recipe(new: Image, ref: Image, flux_ratio: float | None, config: Con
         flux_ratio=flux_ratio,
         flux_ratio_error=error,
         registration_sigma=registration,
+        noise_new=noise_new,
+        noise_ref=noise_ref,
     )
 
 
@@ -253,6 +283,16 @@ class _Sample:
 
     def stars(self, config: Config) -> Stars:
         return find_stars(self.data, self.rms, self.mask, saturation=self.saturation, config=config.psf)
+
+    def noise(self, psf: PsfLike, image: Image) -> Noise | None:
+        """The noise of an image whose sky was measured; white where it was given."""
+        if image.sigma is not None:
+            return None
+        stamp = psf.at((self.columns.size - 1) / 2, (self.rows.size - 1) / 2)
+        found = measure_autocorrelation(self.data, self.mask, self.rms, psf=stamp)
+        if not np.isfinite(found.error) or np.count_nonzero(found.values) == 1:
+            return None
+        return Noise(found.values, seen_by(stamp, found.values))
 
     def psf(self, image: Image, config: Config, name: str) -> PsfLike:
         """The image's own PSF, or the one that the sample's stars give; in the sample's coordinates."""

@@ -76,7 +76,13 @@ def whole(pair, planes):
 @pytest.fixture(scope="module")
 def recipe(pair, whole):
     return Recipe(
-        pair.psf_new, pair.psf_ref, pair.flux_ratio, 0.002, (0.03, 0.05), whole.residuals, whole.renormalisation
+        psf_new=pair.psf_new,
+        psf_ref=pair.psf_ref,
+        flux_ratio=pair.flux_ratio,
+        flux_ratio_error=0.002,
+        registration_sigma=(0.03, 0.05),
+        residuals=whole.residuals,
+        renormalisation=whole.renormalisation,
     )
 
 
@@ -311,6 +317,23 @@ def test_everything_is_measured_where_nothing_is_given():
     assert np.count_nonzero(seen) > 15
     assert abs(np.median(pull)) < 1.0
     assert np.median(np.abs(score[rows, columns][seen]) / pair.truth["snr_local"][seen]) == pytest.approx(1, abs=0.1)
+
+
+def test_correlated_noise_of_a_reference_is_measured():
+    """Of a reference whose pixels were interpolated: S_corr needs next to no renormalisation, and D is white."""
+    pair = simulate.simulate_pair((900, 900), seed=4, n_transients=0, n_stars=300)
+    new, ref = pair.exposures()
+    smooth = (ref.data[:, :-1] + ref.data[:, 1:]) / 2
+    lazy = difference(
+        replace(new, data=new.data[:, :-1], mask=new.mask[:, :-1]),
+        replace(ref, data=smooth, mask=ref.mask[:, :-1] | ref.mask[:, 1:]),
+    )
+    assert lazy.recipe.noise_new is None
+    assert lazy.recipe.noise_ref.acf[3, 4] == pytest.approx(0.5, abs=0.03)
+    assert lazy.recipe.renormalisation == pytest.approx(1, abs=0.03)
+    image = lazy.difference.compute()
+    image[(lazy.mask.compute() != 0) | (np.abs(image) > 4)] = 0
+    assert np.mean(image[:, 1:] * image[:, :-1]) == pytest.approx(0, abs=0.02)
 
 
 def test_a_sample_stands_for_an_image(monkeypatch):
