@@ -550,7 +550,7 @@ def _tell_plan(plan: Plan, cluster: str, workers: int | None) -> str:
             f"with {size(plan.tile_bytes(workers))} of them under way"
         )
     elif plan.missing:
-        lines.append(f"one image a task, on {min(workers, plan.missing)} workers")
+        lines.append(f"one image a task, {min(workers, plan.missing)} at a time")
     if plan.measured:
         lines.append(
             f"measured on {plan.measured} images: {duration(plan.seconds_per_image)} and up to "

@@ -11,8 +11,10 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from batchproc import simulate
+from batchproc.cli import cli
 from batchproc.config import Config
 from batchproc.distribute import tiles
 from batchproc.distribute.executors import WorkerDiedError
@@ -288,3 +290,18 @@ def test_threads_prepare_once(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(prepare, range(4)))
     assert tasks._prepare_once.cache_info().misses == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--spread", "tiles", "--workers", "4"], "are spread over 4 workers"),
+        (["--spread", "tiles", "--cluster", "serial"], "one image a task"),
+        (["--workers", "4"], "one image a task, 1 at a time"),
+    ],
+)
+def test_the_dry_run_says_what_is_spread(night, tmp_path, options, said):
+    """In a line, before anything is begun."""
+    result = CliRunner().invoke(cli, ["run", str(night), "--out", str(tmp_path / "run"), "--dry-run", *options])
+    assert result.exit_code == 0, result.output
+    assert said in result.output
