@@ -35,8 +35,10 @@ CLIP = 4.0
 GROW = 4
 #: Lags so much farther out tell what is no noise of neighbours: an uneven sky, and the wings of faint sources.
 BEYOND = 6
-#: A correlation below so many of its errors is no correlation, and no faint source either.
+#: A correlation below so many of its errors is no correlation.
 SIGNIFICANT = 3.0
+#: Faint sources must be surer than a lag: seen where there are none, they would widen S_corr by their whole share.
+SURE = 5.0
 #: A spectrum is nowhere less than this: a truncated autocorrelation may dip below zero.
 FLOOR = 0.01
 
@@ -272,10 +274,10 @@ def _no_noise(tail: NDArray, far: NDArray[np.int64], psf: NDArray | None, error:
     terms = np.column_stack([_psf_autocorrelation(psf, far), np.ones(len(far))])
     covariance = np.linalg.pinv(terms.T @ terms)
     share, level = covariance @ terms.T @ tail
-    # Wide sources look like an uneven sky, sharp ones hide behind the noise of neighbours: what can hardly be told is
-    # left to the noise, by so much as its own error says (James & Stein's rule).
-    error2 = error**2 * covariance[0, 0]
-    share *= max(0.0, 1 - SIGNIFICANT**2 * error2 / share**2) if 0 < share < 0.5 else 0.0
+    # Wide sources look like an uneven sky, sharp ones hide behind the noise of neighbours: what cannot be told for sure
+    # is left to the noise.
+    sure = SURE * error * np.sqrt(covariance[0, 0]) < share < 0.5
+    share = share if sure else 0.0
     return (float(level), float(share)) if share > 0 else (plateau, 0.0)
 
 

@@ -470,7 +470,13 @@ def finish(
     """
     if residuals is None:
         residuals = measure_residuals(planes, mask, radius) if star_residuals else ResidualModel()
-    fine = _correct(planes, mask, np.float32(residuals.amplitude**2), np.float32(residuals.shift**2))
+    fine, n_lost = _correct(planes, mask, np.float32(residuals.amplitude**2), np.float32(residuals.shift**2))
+    if n_lost:
+        raise SubtractError(
+            f"S_corr is not finite in {n_lost} pixels that no mask covers: look for pixels or variances of new or ref that "
+            "are not finite, or variances that are not positive, and mask them",
+            n_pixels=n_lost,
+        )
     if width is None:
         width = _width(fine) if fine.any() else 1.0
     histogram = np.zeros(len(HISTOGRAM_EDGES) - 1, np.int64)
@@ -531,6 +537,10 @@ def _width(fine: NDArray[np.int64]) -> float:
     return width if width > 0 else 1.0
 
 
+#: S/N, in the noise at its peak, of a star that shows a misfit of half a per cent; and the fewest to ask.
+_TELLING_SNR, _FEWEST_TELLING = 200.0, 20
+
+
 def measure_residuals(planes: Planes, mask: NDArray[np.uint8], radius: int) -> ResidualModel:
     """Fit ``S² = V + amplitude² S_R² + shift² |∇S|²`` on stars bright enough to show it.
 
@@ -564,7 +574,10 @@ def measure_residuals(planes: Planes, mask: NDArray[np.uint8], radius: int) -> R
     level2, slope2 = cores(planes.score_ref) ** 2, cores(planes.gradient2)
     # Two normal equations a star; weights 1 / level^4 would favour the wings, so stars are scaled by their own peak.
     scale = level2.max(axis=1, keepdims=True)
-    excess, level2, slope2 = excess / scale, level2 / scale, slope2 / scale
+    # Where noise hides a misfit, the median says that there is none: the stars that would show a per cent tell.
+    told = np.flatnonzero(scale[:, 0] > (_TELLING_SNR * np.sqrt(cores(planes.total)).max(axis=1)) ** 2)
+    told = told if told.size >= _FEWEST_TELLING else np.argsort(-scale[:, 0], kind="stable")[:_FEWEST_TELLING]
+    excess, level2, slope2 = (values[told] / scale[told] for values in (excess, level2, slope2))
     ll, ss, ls = (level2**2).sum(1), (slope2**2).sum(1), (level2 * slope2).sum(1)
     el, es = (excess * level2).sum(1), (excess * slope2).sum(1)
     determinant = np.maximum(ll * ss - ls**2, 1e-30)
@@ -572,7 +585,7 @@ def measure_residuals(planes: Planes, mask: NDArray[np.uint8], radius: int) -> R
     shift2 = max(float(np.median((es * ll - el * ls) / determinant)), 0.0)
     # The median of a one-degree chi-square is 0.455 of its mean: bring the medians to variances.
     return ResidualModel(
-        amplitude=float(np.sqrt(amplitude2 / 0.455)), shift=float(np.sqrt(shift2 / 0.455)), n_stars=len(rows)
+        amplitude=float(np.sqrt(amplitude2 / 0.455)), shift=float(np.sqrt(shift2 / 0.455)), n_stars=len(told)
     )
 
 
@@ -702,10 +715,11 @@ def _star_peaks(score_ref, mask, reach, margin):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _correct(planes, mask, amplitude2, shift2):  # type: ignore[no-untyped-def]  # numba
-    """S_corr in the place of the total variance, and the fine histogram of what of it is blank sky."""
+    """S_corr in the place of the total variance; the fine histogram of what of it is blank sky; how many are no number."""
     _, score, variance, total, score_ref, gradient2 = planes
     histogram = np.zeros(2 * _HISTOGRAM_REACH * _BINS_PER_SIGMA, np.int64)
     scale, middle = np.float32(_BINS_PER_SIGMA), np.float32(_HISTOGRAM_REACH * _BINS_PER_SIGMA)
+    n_lost = 0
     for i in range(score.shape[0]):
         for j in range(score.shape[1]):
             static = score_ref[i, j]
@@ -715,11 +729,12 @@ def _correct(planes, mask, amplitude2, shift2):  # type: ignore[no-untyped-def] 
                 continue
             value = score[i, j] / np.sqrt(noise)
             total[i, j] = value
+            n_lost += not np.isfinite(value)
             if abs(static) < 3 and variance[i, j] < 1.5:
                 place = value * scale + middle
                 if 0 <= place < histogram.size:
                     histogram[int(place)] += 1
-    return histogram
+    return histogram, n_lost
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")

@@ -162,3 +162,12 @@ def test_a_psf_too_large_for_the_tile_is_an_error():
     """A border that leaves nothing of a tile is refused with what to change."""
     with pytest.raises(SubtractError, match=r"subtract\.tile"):
         plan_tiles((1000, 1000), 120, 256)
+
+
+@pytest.mark.parametrize("plane", ["new", "variance_ref"])
+def test_numbers_that_are_none_are_an_error_not_a_silence(noise, plane):
+    """An unmasked NaN would take a whole tile with it: it is refused, and the pixels are counted."""
+    given = {"new": noise[0].copy(), "ref": noise[1], "variance_ref": flat(noise[0].shape, 81)}
+    given[plane][100, 100] = np.nan
+    with pytest.raises(SubtractError, match="not finite in"):
+        run(**given)
