@@ -473,8 +473,8 @@ def finish(
     fine, n_lost = _correct(planes, mask, np.float32(residuals.amplitude**2), np.float32(residuals.shift**2))
     if n_lost:
         raise SubtractError(
-            f"S_corr is not finite in {n_lost} pixels that no mask covers: look for pixels or variances of new or ref that "
-            "are not finite, or variances that are not positive, and mask them",
+            f"S_corr is not finite in {n_lost} pixels that no mask covers: look for pixels or variances of new or "
+            "ref that are not finite, or variances that are not positive, and mask them",
             n_pixels=n_lost,
         )
     if width is None:
@@ -715,7 +715,7 @@ def _star_peaks(score_ref, mask, reach, margin):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _correct(planes, mask, amplitude2, shift2):  # type: ignore[no-untyped-def]  # numba
-    """S_corr in the place of the total variance; the fine histogram of what of it is blank sky; how many are no number."""
+    """S_corr in the place of the total variance; the fine histogram of blank sky; how many pixels are no number."""
     _, score, variance, total, score_ref, gradient2 = planes
     histogram = np.zeros(2 * _HISTOGRAM_REACH * _BINS_PER_SIGMA, np.int64)
     scale, middle = np.float32(_BINS_PER_SIGMA), np.float32(_HISTOGRAM_REACH * _BINS_PER_SIGMA)
