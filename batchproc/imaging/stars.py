@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+from scipy.spatial import cKDTree
 
 from batchproc.config import PsfConfig
 from batchproc.imaging.moments import fwhm_of, measure_moments
@@ -40,6 +41,8 @@ _FAINT_PER_CELL = 6
 _CANDIDATES_PER_STAR = 2.5
 #: Of so many sources, to learn how wide stars are before the others are measured.
 _FIRST = 60
+#: Two peaks whose moments end within so many pixels of each other are of one source.
+_SAME_PIX = 1.0
 #: Moments good to this part of themselves are good enough to choose by.
 _TOLERANCE = 1e-3
 
@@ -207,7 +210,18 @@ def _measure(
     sources["fwhm"] = width
     for name in ("x", "y", "flux", "fwhm"):
         sources[name][rows[ok]] = table[name][ok]
+    table["snr"][_told_before(table, ok)] = 0.0
     return table, sources
+
+
+def _told_before(table: NDArray[np.void], ok: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Rows whose moments have found the source of a higher peak: several peaks of one galaxy must not look alike."""
+    rows = np.flatnonzero(ok)
+    if len(rows) < 2:
+        return rows[:0]
+    pairs = cKDTree(np.c_[table["x"][rows], table["y"][rows]]).query_pairs(_SAME_PIX, output_type="ndarray")
+    first, second = rows[pairs[:, 0]], rows[pairs[:, 1]]
+    return np.unique(np.where(table["peak"][first] >= table["peak"][second], second, first))
 
 
 def _clean(
