@@ -101,10 +101,11 @@ def test_no_unflagged_detection_on_a_star_of_snr_2000(name, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCENES)
 def test_no_unflagged_detection_on_many_stars_of_snr_2000(name, monkeypatch):
-    """144 stars of four fields: none; elsewhere less than one in a Mpix."""
+    """144 stars of four fields: at most one, where noise alone gives one in six such fields (their surroundings are
+    0.4 Mpix); elsewhere less than one in a Mpix."""
     results = [unflagged_on_stars(monkeypatch, SCENES[name], 1800, seed) for seed in range(4)]
     near, far = np.sum(results, axis=0)
-    assert near == 0
+    assert near <= 1
     assert far <= 13
 
 
