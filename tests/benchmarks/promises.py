@@ -159,7 +159,8 @@ def goto(seeds=(1, 2, 3), n_injected=60):
     first = process_image(entry)
     f_s = first.receipt.quality["f_s"]
     psf = independent_psf(original)
-    extra = sources_in_one_only(original, fits.getdata(folder / "epoch1.fits").astype(np.float32))
+    epochs = original, fits.getdata(folder / "epoch1.fits").astype(np.float32)
+    extra, control = sources_in_one_only(*epochs), sources_in_one_only(*epochs[::-1])
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for seed in seeds:
@@ -192,7 +193,12 @@ def goto(seeds=(1, 2, 3), n_injected=60):
                 }
             )
     mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if key != "seed"}
-    return {"rows": rows, "sources in epoch 2 alone": len(extra), **mean}
+    return {
+        "rows": rows,
+        "sources in epoch 2 alone": len(extra),
+        "sources in epoch 1 alone": len(control),
+        **mean,
+    }
 
 
 def independent_psf(image, half=20):
@@ -223,23 +229,24 @@ def independent_psf(image, half=20):
     return psf / psf.sum()
 
 
-def sources_in_one_only(new, ref, threshold=5.0):
+def sources_in_one_only(new, ref, threshold=3.5, radius=2.0):
     """Positions (x, y) of point sources in new that ref does not have, from plain source lists of the two files.
 
     No subtraction and no registration: each image has its large-scale light (sky, galaxies) removed by a 15-pixel
-    median. A source that SEP finds in new at `threshold` is missing from ref where ref has less than half its light in
-    a 3-pixel aperture, and the loss of light is itself significant at 5 sigma.
+    median. A source that SEP finds in new is missing from ref where ref has less than half its light in an aperture,
+    and the loss of light is itself significant at `threshold` sigma. With the images exchanged it tells how many such
+    sources noise and galaxies make: as many as that must not be called explained.
     """
     from scipy.ndimage import median_filter
 
     flat = [np.ascontiguousarray(image - median_filter(image, 15)) for image in (new, ref)]
     rms = [1.4826 * float(np.median(np.abs(image - np.median(image)))) for image in flat]
-    o = sep.extract(flat[0], threshold, err=rms[0], minarea=5)
+    o = sep.extract(flat[0], 1.5, err=rms[0], minarea=5)
     inside = (o["x"] > 5) & (o["y"] > 5) & (o["x"] < new.shape[1] - 6) & (o["y"] < new.shape[0] - 6)
     o = o[inside]
-    light = [sep.sum_circle(image, o["x"], o["y"], 3.0)[0] for image in flat]
+    light = [sep.sum_circle(image, o["x"], o["y"], radius)[0] for image in flat]
     absent = light[1] < 0.5 * light[0]
-    significant = light[0] - light[1] > 5 * np.sqrt(np.pi * 9) * np.hypot(*rms)
+    significant = light[0] - light[1] > threshold * np.sqrt(np.pi) * radius * np.hypot(*rms)
     return np.c_[o["x"], o["y"]][absent & significant]
 
 
