@@ -140,22 +140,26 @@ def _positive(rms: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _plane(level: NDArray[np.float64], cells: Cells) -> NDArray[np.float64]:
-    """The plane ``c0 + cx x + cy y`` through the levels of cells, outliers left out."""
+    """The plane ``c0 + cx x + cy y`` through the levels of cells, outliers left out.
+
+    Level along what the cells do not span: one cell, or a single row of them, knows no slope across.
+    """
     known = np.isfinite(level)
     y, x = ((edges[:-1] + edges[1:] - 1) / 2 for edges in (cells.rows, cells.columns))
-    terms = np.stack(np.broadcast_arrays(1.0, x[None, :], y[:, None]), axis=-1)[known]  # (n, 3)
-    scale = np.array([1.0, cells.shape[1], cells.shape[0]])
+    places = np.stack(np.broadcast_arrays(x[None, :], y[:, None]), axis=-1)[known]  # (n, 2)
+    scale = np.array([cells.shape[1], cells.shape[0]])
     values = level[known]
-    fit = np.array([np.median(values), 0.0, 0.0])
     near = np.ones(values.size, dtype=bool)
     for _ in range(4):
-        fit = np.linalg.lstsq(terms[near] / scale, values[near], rcond=None)[0] / scale
-        away = np.abs(values - terms @ fit)
+        # About their own middle: of all planes through cells in one line, the least steep is the level one.
+        centre, height = places[near].mean(axis=0), float(values[near].mean())
+        slopes = np.linalg.lstsq((places[near] - centre) / scale, values[near] - height, rcond=None)[0] / scale
+        away = np.abs(values - height - (places - centre) @ slopes)
         closer = near & (away <= 3 * 1.4826 * np.median(away[near]))
         if np.count_nonzero(closer) < near.sum() / 2:
             break
         near = closer
-    return fit  # type: ignore[no-any-return]
+    return np.array([height - slopes @ centre, *slopes])
 
 
 def _widens(plane: NDArray[np.float64], rms: NDArray[np.float64], cells: Cells) -> bool:
