@@ -30,7 +30,7 @@ from batchproc.imaging.psf_model import (
     ellipticity,
     half_maximum_width,
 )
-from batchproc.imaging.psf_stamps import Misfit, StarStamps, cut_stars, fit_stars, recentred, solve_planes
+from batchproc.imaging.psf_stamps import SKY_ERROR, Misfit, StarStamps, cut_stars, fit_stars, recentred, solve_planes
 from batchproc.imaging.shrink import shrink
 from batchproc.imaging.stars import Stars, find_stars, log_shape
 
@@ -45,6 +45,9 @@ _FOR_WINGS = 30
 #: A star of this S/N, or the brightest one of the image where that is fainter, loses at most a source of this S/N to
 #: the end of the stamp.
 _WINGS_OF_SNR, _CUT_OFF = 2000.0, 0.6
+
+#: Wings begin so many FWHM from the star; a star with so many times the usual light about it does not tell of them.
+_WING_FWHM, _TOO_MUCH = 2.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ def fit_psf(
     raw = cut_stars(data, rms, mask, found, _stamp_size(data, rms, mask, found, config))
     raw = replace(raw, photons=_photons_per_electron(raw, variance, rms))
     draft = _fit_profile(profile, frame, raw)
+    raw = _told_from_neighbours(draft, raw)
     draft, fitted = _solve(draft, raw, config, varying)
     return _finish(draft, fitted, found)
 
@@ -262,6 +266,34 @@ def _moment_of_moffat(beta: float) -> float:
     return float(found["xx"] / alpha**2)
 
 
+def _told_from_neighbours(draft: _Draft, raw: StarStamps) -> StarStamps:
+    """The stars with what light about them that is not theirs may amount to; without wings where it is too much.
+
+    Galaxies too faint to be found, and the outskirts of others, lie about stars of any flux alike. About the fainter
+    half of the stars all light that the smooth profile leaves is of that kind; of the others it is what is more than
+    stars of their flux have.
+    """
+    fitted, misfit = draft.fit(draft.recentred(raw, raw), 2)
+    axis = np.arange(raw.size) - raw.size // 2
+    distance = np.hypot(axis[:, None], axis[None, :])
+    width = float(np.median(raw.fwhm))
+    weight = misfit.weight * (distance > _WING_FWHM * width)
+    pixels = np.maximum(weight.sum(axis=(1, 2)), 1e-30)
+    glow = (np.sum(weight * misfit.residual, axis=(1, 2)) / pixels + fitted.sky) / raw.rms
+    faint = np.argsort(fitted.flux / raw.rms, kind="stable")[: max(5, len(raw) // 2)]
+    sky_error = max(SKY_ERROR, 1.4826 * float(np.median(np.abs(glow[faint]))))
+    light = np.maximum(fitted.flux, 0.0) / raw.rms
+    order = np.argsort(glow / np.maximum(light, 1.0), kind="stable")
+    part = np.cumsum(light[order] ** 2)
+    middle = order[np.searchsorted(part, 0.5 * part[-1])]
+    halo = max(0.0, float(glow[middle] / max(light[middle], 1.0)))
+    spoilt = glow - halo * light > _TOO_MUCH * sky_error
+    if np.count_nonzero(~spoilt) < 3:
+        return replace(raw, sky_error=sky_error)
+    good = np.where(spoilt[:, None, None] & (distance > _WING_FWHM * width), np.float32(0), raw.good)
+    return replace(raw, good=good, sky_error=sky_error)
+
+
 def _without_outliers(stars: StarStamps, config: PsfConfig) -> NDArray[np.intp]:
     """Rows without stars that fit much worse than the others, that moved away, or that vanished."""
     score = np.log(np.maximum(stars.chi2, 1e-6))
@@ -279,8 +311,8 @@ def _update_model(draft: _Draft, stars: StarStamps, misfit: Misfit, n_iter: int 
     """Pixel planes from what the draft leaves of the stars."""
     # Orthonormal over the stars: then the planes hardly know of each other, and converge in a few steps.
     q, r = np.linalg.qr(draft.basis(stars))
-    correction, noise = solve_planes(stars, misfit, q, n_iter=n_iter)
-    planes = shrink(np.tensordot(r, draft.planes, axes=1) + correction, noise)
+    correction, noise, common = solve_planes(stars, misfit, q, n_iter=n_iter)
+    planes = shrink(np.tensordot(r, draft.planes, axes=1) + correction, noise, common)
     return replace(draft, planes=np.tensordot(np.linalg.inv(r), planes * edge_taper(stars.size), axes=1))
 
 

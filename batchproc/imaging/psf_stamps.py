@@ -27,7 +27,7 @@ __all__ = ["StarStamps", "cut_stars", "fit_stars", "recentred", "solve_planes"]
 
 #: A PSF model is trusted to this fraction of itself; otherwise the very brightest stars would decide alone.
 MODEL_ERROR = 0.01
-#: The sky under a star is known from the background to this fraction of its noise.
+#: The sky under a star is known from the background to this fraction of its noise at best.
 SKY_ERROR = 0.05
 #: Pixels this many sigma from the model are left out, fading (Tukey's biweight).
 TUKEY = 6.0
@@ -62,6 +62,8 @@ class StarStamps:
         Reduced chi-square in the core, rms of star minus model there over the peak, and what noise makes of it.
     photons : float
         Variance per electron of source light.
+    sky_error : float
+        What is left of sky and of undetected neighbours about a star, as a fraction of the sky noise of a pixel.
     """
 
     data: NDArray[np.float32]
@@ -85,6 +87,7 @@ class StarStamps:
     residual: NDArray[np.float64]
     noise_fraction: NDArray[np.float64]
     photons: float = 1.0
+    sky_error: float = SKY_ERROR
 
     def __len__(self) -> int:
         return len(self.column)
@@ -229,6 +232,7 @@ def fit_stars(
         stars.rms,
         stars.photons,
         stars.kept,
+        stars.sky_error,
         n_iter,
         fit,
         scores,
@@ -250,8 +254,8 @@ def fit_stars(
 
 def solve_planes(
     stars: StarStamps, misfit: Misfit, basis: NDArray[np.float64], *, n_iter: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Correction to the model's pixel planes, least squares over all stars, and its 1-sigma error.
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Correction to the model's pixel planes, least squares over all stars, and its 1-sigma errors.
 
     Minimises ``Σ w (residual − flux Σ_k basis_k Δ_k − sky)²`` over the planes Δ and the skies together, by
     preconditioned conjugate gradients. (Fitted in turn instead, sky and wings would take forever to part.)
@@ -263,16 +267,18 @@ def solve_planes(
 
     Returns
     -------
-    correction, noise : ndarray (k, size, size)
-        The error is the stars' own scatter (White 1980, doi:10.2307/1912934), smoothed over neighbouring pixels:
+    correction, noise, common : ndarray (k, size, size)
+        `noise`, of each pixel by itself, is the stars' own scatter (White 1980, doi:10.2307/1912934), smoothed over neighbouring pixels:
         the weights, which trust no model to better than `MODEL_ERROR`, would overstate it for bright stars.
+        `common` is what light about the stars that is not theirs (`StarStamps.sky_error`) makes of whole regions of
+        the planes. It does not average out: undetected galaxies only add.
     """
     n, size = len(stars), stars.size
     n_planes = basis.shape[1]
     weight, residual = misfit.weight.reshape(n, -1), misfit.residual.reshape(n, -1)
     factor = (basis * stars.flux[:, None]).astype(np.float32)
     # Each star's sky is eliminated: W becomes W − W 1 (1ᵀ W 1 + prior)⁻¹ 1ᵀ W.
-    prior = 1 / (SKY_ERROR * stars.rms) ** 2
+    prior = 1 / (stars.sky_error * stars.rms) ** 2
     right = np.zeros((n_planes, size * size), dtype=np.float32)
     diagonal = np.zeros((n_planes, size * size), dtype=np.float32)
     scatter = np.zeros((n_planes, size * size), dtype=np.float32)
@@ -304,7 +310,9 @@ def solve_planes(
     share = (scatter / diagonal * (n / max(n - n_planes, 1))).reshape(shape)
     share = np.clip(ndimage.gaussian_filter(share, (0, 1.5, 1.5), mode="nearest"), 0.1, 10.0)
     noise = np.sqrt(share / diagonal.reshape(shape))
-    return solution.reshape(shape).astype(np.float64), noise.astype(np.float64)
+    glow = np.abs(factor).T @ (weight * (stars.sky_error * stars.rms).astype(np.float32)[:, None])
+    common = (glow / diagonal).reshape(shape)
+    return solution.reshape(shape).astype(np.float64), noise.astype(np.float64), common.astype(np.float64)
 
 
 @njit(cache=True)
@@ -503,7 +511,7 @@ def _sums(residual, weight, model, gx, gy, ex, ey, out):  # type: ignore[no-unty
 
 @njit(cache=True)
 def _fit_stars(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    data, good, profile, basis, planes, size, rms, photons, kept, n_iter, fit, scores, residual, weight
+    data, good, profile, basis, planes, size, rms, photons, kept, sky_error, n_iter, fit, scores, residual, weight
 ):
     n_stars, n_pixels = data.shape
     model = np.empty(n_pixels, dtype=np.float32)
@@ -523,7 +531,7 @@ def _fit_stars(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
             if turn == n_iter:
                 break
             _sums(residual[n], weight[n], model, gx, gy, x, y, sums)
-            prior = 1.0 / (SKY_ERROR * rms[n]) ** 2
+            prior = 1.0 / (sky_error * rms[n]) ** 2
             normal[0, 0], normal[1, 1], normal[2, 2] = sums[0], flux * flux * sums[1], flux * flux * sums[2]
             normal[3, 3] = sums[3] + prior
             normal[0, 1] = normal[1, 0] = -flux * sums[4]

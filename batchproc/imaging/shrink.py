@@ -14,7 +14,9 @@ _SPLINE = np.array([1, 4, 6, 4, 1]) / 16
 _SCALES = 5
 
 
-def shrink(values: NDArray[np.float64], noise: NDArray[np.float64]) -> NDArray[np.float64]:
+def shrink(
+    values: NDArray[np.float64], noise: NDArray[np.float64], common: NDArray[np.float64] | float = 0.0
+) -> NDArray[np.float64]:
     """Keep of a map what stands out of its noise: pixel by pixel where it can, smoothed where it must.
 
     Parameters
@@ -23,6 +25,8 @@ def shrink(values: NDArray[np.float64], noise: NDArray[np.float64]) -> NDArray[n
         Maps; their true values fall to zero towards the edge.
     noise : ndarray (…, n, n)
         1-sigma error of each value, nearly independent from pixel to pixel.
+    common : ndarray (…, n, n) or float
+        1-sigma error that neighbouring values share, so that no smoothing makes it less.
 
     Returns
     -------
@@ -53,7 +57,8 @@ def shrink(values: NDArray[np.float64], noise: NDArray[np.float64]) -> NDArray[n
             middle = np.median(ratio, axis=-1, keepdims=True)
             excess = np.maximum(excess, 1.4826 * np.median(np.abs(ratio - middle), axis=-1))
         power = mean @ smooth**2 @ mean.T
-        part = smooth * np.maximum(0.0, 1 - 3 * (excess[..., None, None] * sigma) ** 2 / np.maximum(power, 1e-300))
+        error2 = (excess[..., None, None] * sigma) ** 2 + common**2
+        part = smooth * np.maximum(0.0, 1 - 3 * error2 / np.maximum(power, 1e-300))
         kept += part
         left = left - part
     return kept
