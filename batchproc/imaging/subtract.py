@@ -537,6 +537,9 @@ def _width(fine: NDArray[np.int64]) -> float:
     return width if width > 0 else 1.0
 
 
+#: A star with this part of its light in the difference has changed, or something lies on it: no model is that wrong.
+_CHANGED = 0.2
+
 #: S/N, in the noise at its peak, of a star that shows a misfit of half a per cent; and the fewest to ask.
 _TELLING_SNR, _FEWEST_TELLING = 200.0, 20
 
@@ -570,8 +573,12 @@ def measure_residuals(planes: Planes, mask: NDArray[np.uint8], radius: int) -> R
     def cores(plane: NDArray) -> NDArray[np.float64]:
         return plane[rows, columns].astype(np.float64).reshape(len(rows), -1)
 
-    excess = cores(planes.score) ** 2 - cores(planes.total)
-    level2, slope2 = cores(planes.score_ref) ** 2, cores(planes.gradient2)
+    score2, level2 = cores(planes.score) ** 2, cores(planes.score_ref) ** 2
+    unchanged = score2.max(axis=1) < _CHANGED**2 * level2.max(axis=1)
+    rows, columns, score2, level2 = rows[unchanged], columns[unchanged], score2[unchanged], level2[unchanged]
+    if len(rows) < 5:
+        return ResidualModel()
+    excess, slope2 = score2 - cores(planes.total), cores(planes.gradient2)
     # Two normal equations a star; weights 1 / level^4 would favour the wings, so stars are scaled by their own peak.
     scale = level2.max(axis=1, keepdims=True)
     # Where noise hides a misfit, the median says that there is none: the stars that would show a per cent tell.
