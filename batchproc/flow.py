@@ -293,7 +293,7 @@ def _total_variance(exposure: Exposure, data: NDArray, rms: NDArray, seen: float
     variance = np.square(rms)
     variance *= np.float32(seen)
     if exposure.variance is None or not exposure.meta.get("variance_has_sources", True):
-        return source_variance(data, variance, psf, out=variance)
+        return source_variance(data, variance, psf, mask=exposure.mask, out=variance)
     sample = tuple(slice(None, None, max(1, n // 1024)) for n in data.shape)
     blank = (exposure.mask[sample] == 0) & (data[sample] < rms[sample])
     level = np.float32(np.median(exposure.variance[sample][blank])) if blank.any() else np.float32(0)

@@ -116,7 +116,7 @@ def make_ready(part: Part, psf: PsfLike, noise: Noise | None, config: Config) ->
     if variance is None and config.subtract.source_noise:
         # Sources are looked for as filters see the noise, which is more than its pixels scatter where it is correlated.
         seen = np.float32(1 if noise is None else noise.seen)
-        variance = source_variance(data, np.square(sky.rms) * seen, psf) / seen
+        variance = source_variance(data, np.square(sky.rms) * seen, psf, mask=part.mask) / seen
     return Ready(data, sky.rms, variance, grow_saturated(part.mask, psf.fwhm))
 
 
@@ -139,7 +139,7 @@ def measure_recipe(new: Image, ref: Image, flux_ratio: float | None, config: Con
     psf_new, psf_ref = (s.psf(image, config, name) for s, image, name in ((a, new, "new"), (b, ref, "ref")))
     noise_new, noise_ref = a.noise(psf_new, new), b.noise(psf_ref, ref)
     variances = [
-        source_variance(s.data, np.square(s.rms) * np.float32(1 if noise is None else noise.seen), psf)
+        source_variance(s.data, np.square(s.rms) * np.float32(1 if noise is None else noise.seen), psf, mask=s.mask)
         for s, psf, noise in ((a, psf_new, noise_new), (b, psf_ref, noise_ref))
     ]
     stars = a.stars(config)

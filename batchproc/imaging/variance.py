@@ -10,9 +10,13 @@ from numba import njit
 from numpy.typing import NDArray
 
 from batchproc.imaging.fill import dilate
-from batchproc.records import PsfLike
+from batchproc.imaging.planes import as_bytes
+from batchproc.records import MaskBit, PsfLike
 
 __all__ = ["source_variance"]
+
+#: Masked pixels may hold anything, and light a star that is not there. Saturated ones hold light, and much of it.
+_LIGHT = int(MaskBit.SATURATED)
 
 
 def source_variance(
@@ -21,6 +25,7 @@ def source_variance(
     psf: PsfLike,
     gain: float = 1.0,
     *,
+    mask: NDArray[np.uint8] | None = None,
     out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """Variance of each pixel: the sky's, and the photon noise of the sources.
@@ -35,6 +40,8 @@ def source_variance(
         Sets the scale of smoothing.
     gain : float
         Electrons per unit of `data`.
+    mask : ndarray (ny, nx) uint8, optional
+        Bits of `MaskBit`; masked pixels count as sky, unless all that is wrong with them is saturation.
     out : ndarray (ny, nx) float32, optional
         Where the result goes; it may be `sky_variance` itself.
 
@@ -63,17 +70,22 @@ def source_variance(
         out = np.empty(image.shape, np.float32)
     if out is not sky_variance:
         out[:] = sky_variance
+    bad = as_bytes(mask, image.shape)
     sigma = psf.fwhm / 2.3548
     narrow = _gaussian(0.35 * sigma)
-    _add_light(image, _shining(image, out, psf), narrow, np.convolve(narrow, narrow), np.float32(1 / gain), out)
+    _add_light(
+        image, bad, _shining(image, bad, out, psf), narrow, np.convolve(narrow, narrow), np.float32(1 / gain), out
+    )
     return out
 
 
-def _shining(image: NDArray[np.float32], sky_variance: NDArray[np.float32], psf: PsfLike) -> NDArray[np.bool_]:
+def _shining(
+    image: NDArray[np.float32], bad: NDArray[np.uint8], sky_variance: NDArray[np.float32], psf: PsfLike
+) -> NDArray[np.bool_]:
     """Blocks of 2×2 pixels within one FWHM of a source."""
     width = np.sqrt(max((psf.fwhm / 2.3548) ** 2 - 0.25, 0.0)) / 2
     score = np.empty(((image.shape[0] + 1) // 2, (image.shape[1] + 1) // 2), np.float32)
-    _score(image, sky_variance, _gaussian(width), score)
+    _score(image, bad, sky_variance, _gaussian(width), score)
     # Noise of the smoothed image from itself, since neighbouring pixels may be correlated.
     sample = score[:: max(1, score.shape[0] // 256), :: max(1, score.shape[1] // 256)]
     noise = 1.4826 * float(np.median(np.abs(sample - np.median(sample))))
@@ -89,7 +101,13 @@ def _gaussian(sigma: float) -> NDArray[np.float32]:
 
 
 @njit(cache=True, nogil=True)
-def _score(image, sky, weights, out):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+def _light_of(value, bad):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    known = (abs(value) < np.float32(np.inf)) & ((bad & ~_LIGHT) == 0)
+    return value if known else np.float32(0)
+
+
+@njit(cache=True, nogil=True)
+def _score(image, bad, sky, weights, out):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """Means of 2×2 pixels, smoothed along both axes (zeros outside), in units of the sky's rms."""
     ny, nx = image.shape
     n_rows, n_columns = out.shape
@@ -105,14 +123,11 @@ def _score(image, sky, weights, out):  # type: ignore[no-untyped-def]  # pragma:
             blocks = padded[reach : reach + n_columns]
             blocks[:] = 0
             for y in range(2 * j, min(2 * j + 2, ny)):
-                pixels = image[y]
+                pixels, bits = image[y], bad[y]
                 for i in range(nx // 2):
-                    a, b = pixels[2 * i], pixels[2 * i + 1]
-                    blocks[i] += (a if abs(a) < np.float32(np.inf) else np.float32(0)) + (
-                        b if abs(b) < np.float32(np.inf) else np.float32(0)
-                    )
-                if nx % 2 and abs(pixels[nx - 1]) < np.float32(np.inf):
-                    blocks[n_columns - 1] += pixels[nx - 1]
+                    blocks[i] += _light_of(pixels[2 * i], bits[2 * i]) + _light_of(pixels[2 * i + 1], bits[2 * i + 1])
+                if nx % 2:
+                    blocks[n_columns - 1] += _light_of(pixels[nx - 1], bits[nx - 1])
             for k in range(n):
                 _add(padded[k : k + n_columns], np.float32(0.25) * weights[k], line)
         row = j - reach
@@ -133,7 +148,7 @@ def _add(values, weight, out):  # type: ignore[no-untyped-def]  # pragma: no cov
 
 
 @njit(cache=True, nogil=True)
-def _add_light(image, found, narrow, wide, per_electron, out):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _add_light(image, bad, found, narrow, wide, per_electron, out):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Add ``max(2 g − g ⊗ g, 0)`` of the image where `found` (blocks of 2×2), run by run of each row."""
     ny, nx = image.shape
     reach = wide.size // 2
@@ -150,13 +165,13 @@ def _add_light(image, found, narrow, wide, per_electron, out):  # type: ignore[n
             while i < row.size and row[i]:
                 i += 1
             end = min(2 * i, nx)
-            _light(image, y, begin, end, narrow, wide, once, twice, light)
+            _light(image, bad, y, begin, end, narrow, wide, once, twice, light)
             for x in range(begin, end):
                 out[y, x] += max(light[x - begin], np.float32(0)) * per_electron
 
 
 @njit(cache=True, nogil=True)
-def _light(image, y, begin, end, narrow, wide, once, twice, light):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _light(image, bad, y, begin, end, narrow, wide, once, twice, light):  # type: ignore[no-untyped-def]  # pragma: no cover
     """``2 g − g ⊗ g`` of a run of pixels of row y, along y first."""
     ny, nx = image.shape
     reach, short = wide.size // 2, narrow.size // 2
@@ -168,9 +183,9 @@ def _light(image, y, begin, end, narrow, wide, once, twice, light):  # type: ign
     for dy in range(max(-reach, -y), min(reach, ny - 1 - y) + 1):
         w = wide[dy + reach]
         n = narrow[dy + short] if abs(dy) <= short else np.float32(0)
-        pixels = image[y + dy, x0:x1]
+        pixels, bits = image[y + dy, x0:x1], bad[y + dy, x0:x1]
         for x in range(x1 - x0):
-            p = pixels[x] if abs(pixels[x]) < np.float32(np.inf) else np.float32(0)
+            p = _light_of(pixels[x], bits[x])
             u[x] += n * p
             v[x] += w * p
     light[: end - begin] = 0

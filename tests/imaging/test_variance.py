@@ -6,6 +6,7 @@ from scipy import ndimage
 
 from batchproc.imaging.psf import PsfModel
 from batchproc.imaging.variance import source_variance
+from batchproc.records import MaskBit
 
 from ._starfield import moffat, stamp, star_field
 
@@ -42,3 +43,26 @@ def test_the_fast_variance_is_the_plain_one(fwhm, shape):
     assert found.dtype == np.float32
     assert np.mean(found > sky) > 0.05
     np.testing.assert_allclose(found, expected, rtol=2e-5)
+
+
+def test_what_a_masked_pixel_holds_lights_nothing_up_around_it():
+    """Hot pixels that are masked, of any height, leave the variance of their neighbours that of the sky.
+
+    Saturated ones shine: the star around them does.
+    """
+    rng = np.random.default_rng(0)
+    data, sky = rng.normal(0, 20, (120, 121)).astype(np.float32), np.full((120, 121), 400, np.float32)
+    mask = np.zeros(data.shape, np.uint8)
+    rows, columns = rng.integers(2, 118, (2, 40))
+    mask[rows, columns] = MaskBit.BAD | MaskBit.SATURATED
+    psf = PsfModel.from_array(stamp(moffat(3.5), 41))
+    quiet = np.where(mask != 0, np.float32(0), data)
+    expected = source_variance(quiet, sky, psf)
+    assert expected.max() < 600
+    for value in (65_000, -1e30, 1e30):
+        data[mask != 0] = value
+        np.testing.assert_array_equal(source_variance(data, sky, psf, mask=mask), expected)
+    data[mask != 0] = 60_000
+    mask[mask != 0] = MaskBit.SATURATED
+    np.testing.assert_array_equal(source_variance(data, sky, psf, mask=mask), source_variance(data, sky, psf))
+    assert source_variance(data, sky, psf, mask=mask).max() > 30_000
