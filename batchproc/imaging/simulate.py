@@ -893,14 +893,9 @@ def _patch(plane: NDArray, x: float, y: float, size: int, fill: float) -> NDArra
     """Square of odd side around a pixel; ``fill`` outside the image."""
     half, column, row = size // 2, round(x), round(y)
     out = np.full((size, size), fill)
-    ny, nx = plane.shape
-    ys, xs = (
-        slice(max(row - half, 0), min(row + half + 1, ny)),
-        slice(max(column - half, 0), min(column + half + 1, nx)),
-    )
-    out[ys.start - row + half : ys.stop - row + half, xs.start - column + half : xs.stop - column + half] = plane[
-        ys, xs
-    ]
+    rows, columns = np.arange(row - half, row + half + 1), np.arange(column - half, column + half + 1)
+    inside_y, inside_x = ((at >= 0) & (at < n) for at, n in zip((rows, columns), plane.shape, strict=True))
+    out[np.ix_(inside_y, inside_x)] = plane[np.ix_(rows[inside_y], columns[inside_x])]
     return out
 
 

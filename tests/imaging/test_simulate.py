@@ -167,6 +167,13 @@ def test_expected_snr_is_that_of_the_paper():
     assert snr == pytest.approx([8.44425658, 2 * 8.44425658], rel=2e-5)  # the paper's grid is finer than the stamps'
 
 
+def test_the_reference_may_show_a_part_only():
+    """Transients far off the reference, whose noise there is that of blank sky: a pair all the same."""
+    pair = simulate.simulate_pair((200, 200), seed=1, n_transients=5, to_ref=lambda x, y: (x + 900, y), n_stars=50)
+    assert np.isfinite(pair.truth["snr_local"]).all()
+    assert (pair.truth["snr_local"] > 0).all()
+
+
 def test_source_noise_lowers_the_expected_snr(pair):
     """On top of other light a transient stands out less; flat variance planes change nothing."""
     assert np.all(pair.truth["snr_local"] < pair.truth["snr"])
