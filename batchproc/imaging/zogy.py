@@ -513,6 +513,7 @@ def interpolate_over(data, bad, rows, columns):  # type: ignore[no-untyped-def] 
     bad : ndarray (ny, nx) of bool or uint8
         0 where good.
     rows, columns : ndarray (n,) int
+        Rows of one column in ascending order.
 
     Returns
     -------
@@ -521,24 +522,38 @@ def interpolate_over(data, bad, rows, columns):  # type: ignore[no-untyped-def] 
     ny, nx = data.shape
     out = np.zeros(rows.size)
     sigmas = (1, 2, 4, 8)
-    profiles = np.zeros((4, 33))
-    for s in range(4):
-        for k in range(4 * sigmas[s] + 1):
-            profiles[s, k] = np.exp(-0.5 * (k / sigmas[s]) ** 2)
-    for n in range(rows.size):
-        for s in range(4):
-            reach = 4 * sigmas[s]
-            profile = profiles[s]
-            total = weight = 0.0
-            for y in range(max(rows[n] - reach, 0), min(rows[n] + reach + 1, ny)):
-                for x in range(max(columns[n] - reach, 0), min(columns[n] + reach + 1, nx)):
+    profile = np.zeros(33)
+    # Bad pixels of one column share the sums along rows: what is bad in large areas takes no longer for it.
+    order = np.argsort(columns, kind="mergesort")
+    total, weight = np.empty(ny), np.empty(ny)
+    left = order
+    for sigma in sigmas:
+        reach = 4 * sigma
+        for k in range(reach + 1):
+            profile[k] = np.exp(-0.5 * (k / sigma) ** 2)
+        n_left, column, summed_to = 0, -1, 0
+        for n in left:
+            y0, y1 = max(rows[n] - reach, 0), min(rows[n] + reach + 1, ny)
+            if columns[n] != column:
+                column, summed_to = columns[n], y0
+            x0, x1 = max(column - reach, 0), min(column + reach + 1, nx)
+            for y in range(max(summed_to, y0), y1):
+                weight[y] = total[y] = 0.0
+                for x in range(x0, x1):
                     if bad[y, x] == 0:
-                        w = profile[abs(y - rows[n])] * profile[abs(x - columns[n])]
-                        weight += w
-                        total += w * data[y, x]
-            if weight > 0.02 * np.pi * sigmas[s] ** 2:
-                out[n] = total / weight
-                break
+                        weight[y] += profile[abs(x - column)]
+                        total[y] += profile[abs(x - column)] * data[y, x]
+            summed_to = max(summed_to, y1)
+            all_weight = all_total = 0.0
+            for y in range(y0, y1):
+                all_weight += profile[abs(y - rows[n])] * weight[y]
+                all_total += profile[abs(y - rows[n])] * total[y]
+            if all_weight > 0.02 * np.pi * sigma**2:
+                out[n] = all_total / all_weight
+            else:
+                left[n_left] = n
+                n_left += 1
+        left = left[:n_left]
     return out
 
 

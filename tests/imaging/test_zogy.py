@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchproc.errors import SubtractError
-from batchproc.imaging.zogy import fill_masked, zogy
+from batchproc.imaging.zogy import fill_masked, interpolate_over, zogy
 from tests.imaging._psfs import gaussian, measured, moffat
 from tests.imaging._zogy_reference import gradient, reference_zogy, stencil_gradient
 
@@ -339,3 +339,26 @@ def test_unusable_input_is_refused_with_its_name(change, words):
     } | change
     with pytest.raises(SubtractError, match=words):
         zogy(**arguments)
+
+
+def test_bad_pixels_are_means_of_the_good_ones_around_them():
+    """Single ones, columns, edges and areas, against the plain sums; deeper than 32 pixels there is nothing."""
+    rng = np.random.default_rng(5)
+    data = rng.normal(100, 10, (110, 90))
+    bad = rng.random(data.shape) < 0.02
+    bad[:, 30] = bad[-5:] = bad[30:, 50:] = True
+    rows, columns = np.nonzero(bad)
+    expected = np.zeros(rows.size)
+    for n, (row, column) in enumerate(zip(rows, columns, strict=True)):
+        for sigma in (1, 2, 4, 8):
+            y, x = (np.arange(max(at - 4 * sigma, 0), at + 4 * sigma + 1) for at in (row, column))
+            y, x = y[y < data.shape[0]], x[x < data.shape[1]]
+            weight = np.exp(-0.5 * np.add.outer((y - row) ** 2, (x - column) ** 2) / sigma**2) * ~bad[np.ix_(y, x)]
+            if weight.sum() > 0.02 * np.pi * sigma**2:
+                expected[n] = (weight * data[np.ix_(y, x)]).sum() / weight.sum()
+                break
+    data[bad] = np.nan
+    found = interpolate_over(data, bad, rows, columns)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert (found == 0).any()
+    assert np.count_nonzero(found) > 2000
