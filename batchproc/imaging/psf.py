@@ -48,6 +48,8 @@ _WINGS_OF_SNR, _CUT_OFF = 2000.0, 0.6
 
 #: Wings begin so many FWHM from the star; a star with so many times the usual light about it does not tell of them.
 _WING_FWHM, _TOO_MUCH = 2.0, 3.0
+#: A misfit of the core below this part of the peak is no reason to leave a star out.
+_MISFIT = 0.02
 
 
 @dataclass(frozen=True)
@@ -299,7 +301,10 @@ def _without_outliers(stars: StarStamps, config: PsfConfig) -> NDArray[np.intp]:
     score = np.log(np.maximum(stars.chi2, 1e-6))
     middle = np.median(score)
     limit = middle + max(4 * 1.4826 * float(np.median(np.abs(score - middle))), 0.4)
-    good = (score < limit) & (np.hypot(stars.dx - stars.dx0, stars.dy - stars.dy0) < 1.0) & (stars.flux > 0)
+    # A bright star shows what a model of low degree cannot follow; that is no reason to lose what it tells of the wings.
+    misfit = np.sqrt(np.maximum(stars.residual**2 - stars.noise_fraction**2, 0.0))
+    good = ((score < limit) | (misfit < _MISFIT)) & (stars.flux > 0)
+    good &= np.hypot(stars.dx - stars.dx0, stars.dy - stars.dy0) < 1.0
     if np.count_nonzero(good) < config.min_stars:
         # Too few to be choosy: the best of them.
         good = np.zeros(len(score), dtype=bool)

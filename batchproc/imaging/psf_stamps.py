@@ -271,7 +271,7 @@ def solve_planes(
         `noise`, of each pixel by itself, is the stars' own scatter (White 1980, doi:10.2307/1912934), smoothed over neighbouring pixels:
         the weights, which trust no model to better than `MODEL_ERROR`, would overstate it for bright stars.
         `common` is what light about the stars that is not theirs (`StarStamps.sky_error`) makes of whole regions of
-        the planes. It does not average out: undetected galaxies only add.
+        the planes: a star's by as much everywhere, and from star to star by chance.
     """
     n, size = len(stars), stars.size
     n_planes = basis.shape[1]
@@ -310,8 +310,8 @@ def solve_planes(
     share = (scatter / diagonal * (n / max(n - n_planes, 1))).reshape(shape)
     share = np.clip(ndimage.gaussian_filter(share, (0, 1.5, 1.5), mode="nearest"), 0.1, 10.0)
     noise = np.sqrt(share / diagonal.reshape(shape))
-    glow = np.abs(factor).T @ (weight * (stars.sky_error * stars.rms).astype(np.float32)[:, None])
-    common = (glow / diagonal).reshape(shape)
+    pull = (factor * (stars.sky_error * stars.rms)[:, None]).astype(np.float32)
+    common = (np.sqrt((pull**2).T @ weight**2) / diagonal).reshape(shape)
     return solution.reshape(shape).astype(np.float64), noise.astype(np.float64), common.astype(np.float64)
 
 
