@@ -419,6 +419,18 @@ def _levels(context: click.Context, parameter: click.Parameter, value: str) -> t
         raise click.BadParameter(f"{value!r}: numbers as in 25,400,10000") from None
 
 
+def _refuse_with_manifest(*names: str) -> None:
+    """Options of simulated pairs that were given together with real images would do nothing."""
+    context = click.get_current_context()
+    given = [p.opts[0] for p in context.command.params if p.name in names and _was_given(context, p.name)]
+    if given:
+        raise click.UsageError(f"{', '.join(given)}: of simulated pairs, and --manifest has real ones")
+
+
+def _was_given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
 @evaluate.command(
     "completeness",
     epilog=_example(
@@ -458,7 +470,7 @@ def _levels(context: click.Context, parameter: click.Parameter, value: str) -> t
 )
 @click.option("--resampled", is_flag=True, help="References on a grid of their own, turned and shifted.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of everything random.")
-@click.option("--check", is_flag=True, help="Exit with code 1 when a promise is missed.")
+@click.option("--check", is_flag=True, help="Exit with code 1 when a promise is missed or an image failed.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.option("--dry-run", is_flag=True, help="Say what there is to do and compute nothing.")
 @_where_to_run
@@ -477,8 +489,10 @@ def evaluate_completeness(
 ) -> int:
     """Inject sources, and compare what is found, what is falsely found and what is measured with theory.
 
-    Exit code 0, whatever the verdicts say; with --check, 1 when a promise is missed.
+    Exit code 0, whatever the verdicts say; with --check, 1 when a promise is missed or an image failed.
     """
+    if manifest is not None:
+        _refuse_with_manifest("size", "seeing", "skies", "psf", "resampled")
     settings = Config() if config is None else Config.from_toml(config)
     _set_up(settings, cluster)
     from batchproc.completeness.campaign import Campaign
@@ -491,9 +505,13 @@ def evaluate_completeness(
     if dry_run:
         click.echo(plan(campaign, entries).text(1 if cluster == "serial" else workers))
         return 0
-    found = evaluate(campaign, out, entries=entries, cluster=cluster, workers=workers, quiet=quiet)
+    try:
+        found = evaluate(campaign, out, entries=entries, cluster=cluster, workers=workers, quiet=quiet)
+    except KeyboardInterrupt:
+        _complain("interrupted; nothing was written: the same command begins anew")
+        return _INTERRUPTED
     click.echo(json.dumps(found.summary.to_dict(), indent=2) if as_json else found.text())
-    return int(check and not found.summary.ok)
+    return int(check and not (found.summary.ok and not found.failures))
 
 
 def _set_up(config: Config | None, cluster: str) -> None:
@@ -537,7 +555,9 @@ def _tell_status(status: Status) -> str:
 
 
 def _tell_plan(plan: Plan, cluster: str, workers: int | None) -> str:
-    workers = 1 if cluster == "serial" else workers or os.cpu_count() or 1
+    from batchproc.distribute.clusters import local_workers
+
+    workers = 1 if cluster == "serial" else local_workers(workers, plan.threads)
     lines = [
         f"{plan.images} images: {plan.done} done, {plan.failed} failed before, {plan.missing} to do",
         f"to read: {size(plan.bytes_in)}; to write: about {size(plan.bytes_out)} in {plan.files_out} files",

@@ -360,7 +360,7 @@ class _Elsewhere:
 
 
 def _psf(given: PsfLike | NDArray | None) -> PsfLike | None:
-    return PsfModel.from_array(given) if isinstance(given, np.ndarray) else given
+    return given if given is None or isinstance(given, PsfLike) else PsfModel.from_array(np.asarray(given))
 
 
 def _ranges(area: Any, shape: tuple[int, int]) -> Section:

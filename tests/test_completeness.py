@@ -15,9 +15,10 @@ from batchproc.completeness.campaign import Campaign, simulated_sample, simulate
 from batchproc.completeness.evaluate import evaluate, plan
 from batchproc.completeness.real import RealTask, real_sample
 from batchproc.completeness.sample import ALARM, SOURCE, Sample, forced_flux
-from batchproc.completeness.verdicts import poisson_binomial, summarise
+from batchproc.completeness.verdicts import Rate, _rate_verdict, poisson_binomial, summarise
 from batchproc.config import DetectConfig
-from batchproc.errors import UsageError
+from batchproc.distribute.executors import WorkerDiedError
+from batchproc.errors import PsfError, UsageError
 from batchproc.imaging.detect import detect
 from batchproc.imaging.render import add_sources, gaussian_psf
 from batchproc.imaging.theory import gaussian_difference
@@ -108,6 +109,12 @@ def test_too_little_to_tell_is_no_verdict():
     sample = made_up(np.random.default_rng(0), n=3, mpix=1e-3)
     verdicts = summarise([sample], threshold=5.0, snr=(3.0, 15.0), lowest=4.0).verdicts
     assert all(v.ok is None for v in verdicts if not v.promise.startswith("S_corr"))
+
+
+def test_false_alarms_where_gaussian_fields_have_none_are_a_miss():
+    """None expected: one may be chance, thirty are not, and in no area at all nothing is told."""
+    for found, mpix, ok in ((1, 10.0, None), (30, 10.0, False), (0, 0.0, None)):
+        assert _rate_verdict(Rate(4.0, 1, found, mpix, gaussian=0, gaussian_mpix=10.0)).ok is ok
 
 
 def test_flagged_detections_and_unusable_sources_do_not_count():
@@ -242,6 +249,10 @@ def test_dry_run_computes_nothing(tmp_path, capsys):
         (("--snr", "9:3"), "the lower end"),
         (("--sky", "dark"), "numbers as in"),
         (("--sky", "-5,3"), "above 0"),
+        (("--sky", "nan"), "above 0"),
+        (("--snr", "3:inf"), "the lower end"),
+        (("--threshold", "nan"), "threshold"),
+        (("--manifest", "night.csv", "--sky", "100", "--resampled"), "--sky, --resampled: of simulated pairs"),
         (("--manifest", "absent.csv"), "absent.csv"),
     ],
 )
@@ -265,6 +276,51 @@ def test_only_check_makes_a_miss_an_exit_code(words, code, tmp_path, monkeypatch
     assert "MISSED" in capsys.readouterr().out
     assert call(*common, "--json", *words) == code
     assert json.loads(capsys.readouterr().out)["ok"] is False
+
+
+def failing(error):
+    """In place of a sample."""
+
+    def sample(task):
+        if task.index == 0:
+            raise error
+        return made_up(np.random.default_rng(2))
+
+    return sample
+
+
+def test_images_that_fail_are_told_and_fail_the_check(tmp_path, monkeypatch, capsys):
+    """One that cannot be processed, or that killed its worker, costs the others nothing; a check does not pass."""
+    from batchproc.completeness import evaluate as module
+
+    common = ("evaluate", "completeness", "--images", 2, "--cluster", "serial", "-q", "--out", tmp_path / "out")
+    for error in (PsfError("too few stars"), WorkerDiedError("the worker died")):
+        monkeypatch.setattr(module, "simulated_sample", failing(error))
+        assert call(*common, "--check") == 1
+        text = capsys.readouterr().out
+        assert f"{error}" in text.split("failed: ")[1]
+        assert "MISSED" not in text
+        assert call(*common) == 0
+        capsys.readouterr()
+
+
+def test_an_interrupt_says_that_nothing_is_kept(tmp_path, monkeypatch, capsys):
+    """An evaluation does not resume, and says so."""
+    from batchproc.completeness import evaluate as module
+
+    monkeypatch.setattr(module, "simulated_sample", failing(KeyboardInterrupt()))
+    common = ("evaluate", "completeness", "--images", 2, "--cluster", "serial", "-q", "--out", tmp_path / "out")
+    assert call(*common) == 130
+    assert "nothing was written" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_known_before_the_work(tmp_path, monkeypatch):
+    """Nothing is computed for a place that cannot hold it."""
+    from batchproc.completeness import evaluate as module
+
+    monkeypatch.setattr(module, "simulated_sample", lambda task: pytest.fail("computed"))
+    (tmp_path / "file").touch()
+    assert call("evaluate", "completeness", "--cluster", "serial", "-q", "--out", tmp_path / "file") == 3
 
 
 def test_a_campaign_that_cannot_be_is_refused():

@@ -439,6 +439,20 @@ def test_masks_of_any_kind(pair):
     assert bits == [0, MaskBit.BAD, MaskBit.SATURATED, MaskBit.BAD, MaskBit.NO_DATA, MaskBit.NO_DATA]
     assert np.isfinite(part.data).all()
     assert load_part(open_image(data, mask=mask > 0).cut(np.s_[0:20, 0:20])).mask[1, 1] == MaskBit.BAD
+    unknown = np.where(mask > 0, np.nan, 0)
+    assert load_part(open_image(data, mask=unknown).cut(np.s_[0:20, 0:20])).mask[1, 1] == MaskBit.BAD
+
+
+def test_what_a_masked_array_hides_has_no_data():
+    """What lies under its mask is never seen."""
+    data = np.ma.array(np.ones((20, 20)), mask=False)
+    data[3, 4] = 1e9
+    data.mask[3, 4] = True
+    for image in (data, da.from_array(data, chunks=10, asarray=False)):
+        part = load_part(dask.compute(*open_image(image).cut(np.s_[0:20, 0:20])))
+        assert part.mask[3, 4] == MaskBit.NO_DATA
+        assert np.count_nonzero(part.mask) == 1
+        assert part.data.max() == 1
 
 
 _BOUNDED = """

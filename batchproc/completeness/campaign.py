@@ -65,11 +65,13 @@ class Campaign:
 
     def __post_init__(self) -> None:
         for name, (low, high) in (("snr", self.snr), ("seeing", self.seeing)):
-            if not 0 < low < high:
+            if not 0 < low < high < np.inf:
                 raise UsageError(f"{name} = {low:g}:{high:g}: the lower end is positive and below the upper")
+        if not 0 < self.threshold < np.inf:
+            raise UsageError(f"threshold = {self.threshold:g}: a positive number of sigmas")
         if self.psf not in ("known", "measured"):
             raise UsageError(f"psf = {self.psf!r}: known or measured")
-        if not self.skies or min(self.skies) <= 0:
+        if not self.skies or not all(0 < sky < np.inf for sky in self.skies):
             raise UsageError(f"sky = {self.skies}: levels in electrons, above 0")
 
     @property

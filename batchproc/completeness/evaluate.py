@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,8 @@ from batchproc.completeness.real import real_sample, real_tasks
 from batchproc.completeness.sample import Sample
 from batchproc.completeness.verdicts import Summary, finite, summarise
 from batchproc.display import duration, say, show
-from batchproc.distribute.clusters import check_cluster, open_executor
-from batchproc.distribute.executors import sliding
+from batchproc.distribute.clusters import check_cluster, local_workers, open_executor
+from batchproc.distribute.executors import WorkerDiedError, sliding
 from batchproc.distribute.plan import image_pixels
 from batchproc.errors import ExposureError, UsageError
 from batchproc.io.atomic import write_bytes, write_text
@@ -43,10 +42,11 @@ class Plan:
     mpix: float
     sources: int
     cpu_seconds: float
+    threads: int = 1
 
     def text(self, workers: int | None) -> str:
         """For people."""
-        workers = max(1, min(workers or os.cpu_count() or 1, self.images))
+        workers = max(1, min(local_workers(workers, self.threads), self.images))
         return (
             f"{self.images} pairs, {self.mpix:.3g} Mpix, {self.sources} sources to inject; "
             f"about {duration(self.cpu_seconds / workers)} on {workers} workers"
@@ -111,13 +111,14 @@ def plan(campaign: Campaign, entries: Sequence[ManifestEntry] | None = None) -> 
     entries : sequence of ManifestEntry, optional
         Real images to take instead of simulated ones; their headers are read.
     """
+    threads = campaign.config.threads
     if entries is None:
         mpix = campaign.images * campaign.size**2 / 1e6
         seconds = _SECONDS_PER_MPIX + (_SECONDS_PER_MPIX_PSF if campaign.psf == "measured" else 0.0)
-        return Plan(campaign.images, mpix, campaign.images * campaign.per_image, seconds * mpix)
+        return Plan(campaign.images, mpix, campaign.images * campaign.per_image, seconds * mpix, threads)
     images = min(campaign.images, len(entries))
     mpix = images * image_pixels(entries) / 1e6
-    return Plan(images, mpix, images * campaign.per_image, _SECONDS_PER_MPIX_REAL * mpix)
+    return Plan(images, mpix, images * campaign.per_image, _SECONDS_PER_MPIX_REAL * mpix, threads)
 
 
 def evaluate(
@@ -147,10 +148,13 @@ def evaluate(
     ------
     UsageError
         Another word for the cluster; or no image could be processed.
+    OSError
+        The folder cannot be made; before anything is computed.
     """
     check_cluster(cluster)
     planned = plan(campaign, entries)
     say(planned.text(1 if cluster == "serial" else workers), quiet=quiet)
+    Path(out).mkdir(parents=True, exist_ok=True)  # before the work, which would be lost
     samples: dict[int, Sample] = {}
     failures: dict[int, str] = {}
     function: Callable[[Any], Sample] = simulated_sample if entries is None else real_sample
@@ -160,6 +164,8 @@ def evaluate(
         for task, outcome in show(outcomes, planned.images, "images", quiet=quiet):
             if isinstance(outcome.error, ExposureError):
                 failures[task.index] = f"{outcome.error.stage}: {outcome.error}"
+            elif isinstance(outcome.error, WorkerDiedError):
+                failures[task.index] = f"image {task.index + 1}: {outcome.error} (fewer workers have more memory each)"
             elif outcome.error is not None:
                 raise outcome.error
             else:
@@ -173,7 +179,6 @@ def evaluate(
 
 
 def _write(out: Path, summary: Summary, samples: Sequence[Sample]) -> tuple[Path, ...]:
-    out.mkdir(parents=True, exist_ok=True)
     names = ("completeness.json", "completeness.png", "sources.parquet", "false_alarms.parquet")
     files = tuple(out / name for name in names)
     images = [{"name": s.name, "mpix": s.mpix, **s.facts} for s in samples]

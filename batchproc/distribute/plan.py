@@ -57,6 +57,8 @@ class Plan:
         ``spread`` of the configuration.
     tile : int
         Largest side of a tile, pixels.
+    threads : int
+        Of each worker.
     """
 
     images: int
@@ -73,6 +75,7 @@ class Plan:
     pixels: int = 0
     wanted_spread: str = "auto"
     tile: int = 1024
+    threads: int = 1
 
     def spread(self, workers: int) -> str:
         """What so many workers would share out: ``"images"`` or ``"tiles"``; see `choose_spread`."""
@@ -113,6 +116,7 @@ def plan_run(folder: RunFolder, entries: Sequence[ManifestEntry], config: Config
         pixels=image_pixels(todo),
         wanted_spread=config.spread,
         tile=config.subtract.tile,
+        threads=config.threads,
     )
 
 

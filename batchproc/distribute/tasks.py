@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from hashlib import sha256
@@ -141,7 +142,8 @@ def _prepare_once(job: Job) -> tuple[RunFolder, Config]:
     folder = RunFolder(Path(job.run))
     wisdom = folder.wisdom_file.read_text()
     if wisdom:
-        import_wisdom(wisdom)
+        with suppress(ValueError):  # a processor of another kind than the driver's: FFTW's estimates are right as well
+            import_wisdom(wisdom)
     if not job.here:
         limit_threads(job.threads)
         keep_freed_memory()

@@ -32,7 +32,7 @@ class Part:
     Attributes
     ----------
     data : ndarray (h, w) float32
-        Electrons; 0 where there is no data.
+        Electrons; 0 where there is no data (no number, or masked in a masked array).
     mask : ndarray (h, w) uint8
         Bits of `MaskBit`.
     variance : ndarray (h, w) float32 or None
@@ -145,7 +145,7 @@ def load_part(cut: tuple[Any, ...]) -> Part:
         pixels = pixels.data
     data = np.asarray(pixels, np.float32)
     bits = np.zeros(data.shape, np.uint8) if mask is None else _bits(np.asarray(mask))
-    bad = ~np.isfinite(data)
+    bad = ~np.isfinite(data) | np.ma.getmask(pixels)
     if variance is not None:
         variance = np.asarray(variance, np.float32)
         bad |= ~np.isfinite(variance)
@@ -196,7 +196,8 @@ class MappedPixels:
 
 def _bits(mask: NDArray) -> NDArray[np.uint8]:
     """Bits of `MaskBit`; whatever else is not zero is BAD."""
-    bits = mask.astype(np.uint8) & np.uint8(_KNOWN)
+    with np.errstate(invalid="ignore"):  # NaN is not zero, whatever it is cast to
+        bits = mask.astype(np.uint8) & np.uint8(_KNOWN)
     bits[(mask != 0) & (bits == 0)] = np.uint8(MaskBit.BAD)
     return bits  # type: ignore[no-any-return]
 

@@ -14,13 +14,14 @@ import pytest
 from click.testing import CliRunner
 
 from batchproc import simulate
-from batchproc.cli import cli
+from batchproc.cli import _tell_plan, cli
 from batchproc.config import Config
 from batchproc.distribute import tiles
 from batchproc.distribute.executors import WorkerDiedError
 from batchproc.distribute.plan import choose_spread, images_at_once
 from batchproc.distribute.tiles import TileMap, tiles_under_way
 from batchproc.errors import ReadError
+from batchproc.imaging.fft import frozen_wisdom, get_fft, import_wisdom
 from batchproc.imaging.subtract import subtract
 from batchproc.io.night import simulate_night
 from batchproc.job import Steps, plan, run
@@ -229,7 +230,7 @@ def night(tmp_path_factory):
 
 def test_a_run_has_the_same_bytes_with_its_tiles_spread(night, tmp_path, dask_executor):
     """Catalogue and stamps of a run that spreads tiles are those of a serial one, and either can be continued as the
-    other; the receipt counts what other processes did.
+    other.
     """
     config = Config.from_dict({"subtract": {"tile": 256}, "classify": {"model": ""}})
     address = dask_executor.client.scheduler.address
@@ -292,6 +293,23 @@ def test_threads_prepare_once(tmp_path):
     assert tasks._prepare_once.cache_info().misses == 1
 
 
+def test_a_worker_on_another_processor_estimates(tmp_path):
+    """Wisdom of the driver that FFTW does not accept here costs time, and no image."""
+    from batchproc.distribute import tasks
+
+    folder = _runs.begin(tmp_path, "n1")
+    folder.wisdom_file.write_text('["bm8=", "bm8=", "bm8="]')
+    job = tasks.Job(str(folder.path), folder.identity(), here=True)
+    try:
+        tasks._prepare(job)
+        transform = get_fft((96, 96))
+        real = np.random.default_rng(0).normal(size=(96, 96)).astype(np.float32)
+        np.testing.assert_allclose(transform.forward(real.copy(), transform.half()), np.fft.rfft2(real), atol=1e-3)
+    finally:
+        tasks._prepare_once.cache_clear()
+        import_wisdom(frozen_wisdom())  # for the tests that follow
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -305,3 +323,9 @@ def test_the_dry_run_says_what_is_spread(night, tmp_path, options, said):
     result = CliRunner().invoke(cli, ["run", str(night), "--out", str(tmp_path / "run"), "--dry-run", *options])
     assert result.exit_code == 0, result.output
     assert said in result.output
+
+
+def test_the_dry_run_counts_the_threads_of_each_worker(night, tmp_path):
+    """As many workers as the run would have: one for so many cores."""
+    found = plan(night, tmp_path / "run", config=Config(threads=4096), spread="tiles")
+    assert "one image a task, 1 at a time" in _tell_plan(found, "local", None)
