@@ -125,7 +125,8 @@ def fit_psf(
     raw = cut_stars(data, rms, mask, found, _stamp_size(data, rms, mask, found, config))
     raw = replace(raw, photons=_photons_per_electron(raw, variance, rms))
     draft = _fit_profile(profile, frame, raw)
-    raw = _told_from_neighbours(draft, raw)
+    # Many stars average what lies about them, and say themselves what their wings are.
+    raw = raw if varying else _told_from_neighbours(draft, raw)
     draft, fitted = _solve(draft, raw, config, varying)
     return _finish(draft, fitted, found)
 
@@ -281,19 +282,19 @@ def _told_from_neighbours(draft: _Draft, raw: StarStamps) -> StarStamps:
     width = float(np.median(raw.fwhm))
     weight = misfit.weight * (distance > _WING_FWHM * width)
     pixels = np.maximum(weight.sum(axis=(1, 2)), 1e-30)
-    glow = (np.sum(weight * misfit.residual, axis=(1, 2)) / pixels + fitted.sky) / raw.rms
+    about = (np.sum(weight * misfit.residual, axis=(1, 2)) / pixels + fitted.sky) / raw.rms
     faint = np.argsort(fitted.flux / raw.rms, kind="stable")[: max(5, len(raw) // 2)]
-    sky_error = max(SKY_ERROR, 1.4826 * float(np.median(np.abs(glow[faint]))))
+    usual = max(SKY_ERROR, 1.4826 * float(np.median(np.abs(about[faint]))))
     light = np.maximum(fitted.flux, 0.0) / raw.rms
-    order = np.argsort(glow / np.maximum(light, 1.0), kind="stable")
+    order = np.argsort(about / np.maximum(light, 1.0), kind="stable")
     part = np.cumsum(light[order] ** 2)
     middle = order[np.searchsorted(part, 0.5 * part[-1])]
-    halo = max(0.0, float(glow[middle] / max(light[middle], 1.0)))
-    spoilt = glow - halo * light > _TOO_MUCH * sky_error
+    halo = max(0.0, float(about[middle] / max(light[middle], 1.0)))
+    spoilt = about - halo * light > _TOO_MUCH * usual
     if np.count_nonzero(~spoilt) < 3:
-        return replace(raw, sky_error=sky_error)
+        return replace(raw, glow=usual)
     good = np.where(spoilt[:, None, None] & (distance > _WING_FWHM * width), np.float32(0), raw.good)
-    return replace(raw, good=good, sky_error=sky_error)
+    return replace(raw, good=good, glow=usual)
 
 
 def _without_outliers(stars: StarStamps, config: PsfConfig) -> NDArray[np.intp]:
@@ -301,7 +302,7 @@ def _without_outliers(stars: StarStamps, config: PsfConfig) -> NDArray[np.intp]:
     score = np.log(np.maximum(stars.chi2, 1e-6))
     middle = np.median(score)
     limit = middle + max(4 * 1.4826 * float(np.median(np.abs(score - middle))), 0.4)
-    # A bright star shows what a model of low degree cannot follow; that is no reason to lose what it tells of the wings.
+    # A bright star shows what a model of low degree cannot follow: no reason to lose what it tells of the wings.
     misfit = np.sqrt(np.maximum(stars.residual**2 - stars.noise_fraction**2, 0.0))
     good = ((score < limit) | (misfit < _MISFIT)) & (stars.flux > 0)
     good &= np.hypot(stars.dx - stars.dx0, stars.dy - stars.dy0) < 1.0

@@ -62,8 +62,8 @@ class StarStamps:
         Reduced chi-square in the core, rms of star minus model there over the peak, and what noise makes of it.
     photons : float
         Variance per electron of source light.
-    sky_error : float
-        What is left of sky and of undetected neighbours about a star, as a fraction of the sky noise of a pixel.
+    glow : float
+        Light of undetected neighbours about a star, as a fraction of the sky noise of a pixel; 0: it averages out.
     """
 
     data: NDArray[np.float32]
@@ -87,7 +87,7 @@ class StarStamps:
     residual: NDArray[np.float64]
     noise_fraction: NDArray[np.float64]
     photons: float = 1.0
-    sky_error: float = SKY_ERROR
+    glow: float = 0.0
 
     def __len__(self) -> int:
         return len(self.column)
@@ -96,6 +96,11 @@ class StarStamps:
     def size(self) -> int:
         """Side of a stamp in pixels."""
         return int(self.data.shape[-1])
+
+    @property
+    def sky_error(self) -> float:
+        """Error of the sky under a star, as a fraction of its noise."""
+        return max(SKY_ERROR, self.glow)
 
     @property
     def x(self) -> NDArray[np.float64]:
@@ -268,9 +273,9 @@ def solve_planes(
     Returns
     -------
     correction, noise, common : ndarray (k, size, size)
-        `noise`, of each pixel by itself, is the stars' own scatter (White 1980, doi:10.2307/1912934), smoothed over neighbouring pixels:
-        the weights, which trust no model to better than `MODEL_ERROR`, would overstate it for bright stars.
-        `common` is what light about the stars that is not theirs (`StarStamps.sky_error`) makes of whole regions of
+        `noise`, of each pixel by itself, is the stars' own scatter (White 1980, doi:10.2307/1912934), smoothed over
+        neighbouring pixels: the weights, which trust no model to better than `MODEL_ERROR`, would overstate it for bright stars.
+        `common` is what light about the stars that is not theirs (`StarStamps.glow`) makes of whole regions of
         the planes: a star's by as much everywhere, and from star to star by chance.
     """
     n, size = len(stars), stars.size
@@ -310,7 +315,7 @@ def solve_planes(
     share = (scatter / diagonal * (n / max(n - n_planes, 1))).reshape(shape)
     share = np.clip(ndimage.gaussian_filter(share, (0, 1.5, 1.5), mode="nearest"), 0.1, 10.0)
     noise = np.sqrt(share / diagonal.reshape(shape))
-    pull = (factor * (stars.sky_error * stars.rms)[:, None]).astype(np.float32)
+    pull = (factor * (stars.glow * stars.rms)[:, None]).astype(np.float32)
     common = (np.sqrt((pull**2).T @ weight**2) / diagonal).reshape(shape)
     return solution.reshape(shape).astype(np.float64), noise.astype(np.float64), common.astype(np.float64)
 
