@@ -274,7 +274,8 @@ def solve_planes(
     -------
     correction, noise, common : ndarray (k, size, size)
         `noise`, of each pixel by itself, is the stars' own scatter (White 1980, doi:10.2307/1912934), smoothed over
-        neighbouring pixels: the weights, which trust no model to better than `MODEL_ERROR`, would overstate it for bright stars.
+        neighbouring pixels: the weights, which trust no model to better than `MODEL_ERROR`, would overstate it for
+        bright stars.
         `common` is what light about the stars that is not theirs (`StarStamps.glow`) makes of whole regions of
         the planes: a star's by as much everywhere, and from star to star by chance.
     """
