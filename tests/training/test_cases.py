@@ -19,7 +19,7 @@ def same_grid(x, y):
 
 @pytest.fixture(scope="module")
 def exposures():
-    """A clean pair of one field, with stars enough that the planted variables are not most of those it is measured by."""
+    """A clean pair of one field, with more stars to measure it by than there will be planted variables."""
     return simulate_pair((288, 288), seed=5, n_transients=0, n_stars=1000).exposures()
 
 
