@@ -24,7 +24,15 @@ from numpy.typing import NDArray
 
 from batchproc.errors import SubtractError
 from batchproc.imaging.fft import SIDES
-from batchproc.imaging.zogy import Frame, Planes, filter_frame, interpolate_over, make_filters, score_frame
+from batchproc.imaging.zogy import (
+    MOST_VARIANCE,
+    Frame,
+    Planes,
+    filter_frame,
+    interpolate_over,
+    make_filters,
+    score_frame,
+)
 from batchproc.records import Difference, Kernels, MaskBit, PsfLike
 
 __all__ = [
@@ -263,7 +271,7 @@ def subtract(
     flux_ratio : float
         F_new / F_ref.
     variance_new, variance_ref : ndarray (ny, nx), optional
-        Total variance, electrons²; default ``rms²``.
+        Total variance, electrons²; default ``rms²``. Of a pixel, up to `zogy.MOST_VARIANCE` times the sky's counts.
     mask_new, mask_ref : ndarray (ny, nx) uint8, optional
         Bits of `MaskBit`.
     registration_sigma, flux_ratio_error, noise_new, noise_ref
@@ -673,8 +681,8 @@ def _load(  # type: ignore[no-untyped-def]  # numba
             if bad_n | bad_r == 0:
                 v, u = np.float32(variance_new[a, j]), np.float32(variance_ref[a, j])
                 n[i, x0 + j], r[i, x0 + j] = np.float32(new[a, j]) * per_new, np.float32(ref[a, j]) * per_ref
-                v_n[i, x0 + j] = (v * v if square_new else v) * per_new2
-                v_r[i, x0 + j] = (u * u if square_ref else u) * per_ref2
+                v_n[i, x0 + j] = _at_most((v * v if square_new else v) * per_new2)
+                v_r[i, x0 + j] = _at_most((u * u if square_ref else u) * per_ref2)
                 continue
             x, y = np.float32(0), np.float32(0)
             if (bad_n | bad_r) & no_data == 0:
@@ -694,7 +702,14 @@ def _load(  # type: ignore[no-untyped-def]  # numba
 def _replace(frame, i, j, new, ref):  # type: ignore[no-untyped-def]  # numba
     """A replaced pixel is known no better than by its own height: that keeps surroundings of saturated stars quiet."""
     frame[0][i, j], frame[1][i, j] = new, ref
-    frame[2][i, j], frame[3][i, j] = np.float32(1) + new * new, np.float32(1) + ref * ref
+    frame[2][i, j], frame[3][i, j] = _at_most(np.float32(1) + new * new), _at_most(np.float32(1) + ref * ref)
+
+
+@numba.njit(cache=True, nogil=True)
+def _at_most(variance):  # type: ignore[no-untyped-def]  # numba
+    """What is not finite stays so, to be found."""
+    most = np.float32(MOST_VARIANCE)
+    return most if most < variance < np.float32(np.inf) else variance
 
 
 @numba.njit(cache=True, nogil=True)

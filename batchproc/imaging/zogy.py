@@ -35,6 +35,7 @@ from batchproc.imaging.noise import noise_power
 from batchproc.records import Difference, Kernels, MaskBit
 
 __all__ = [
+    "MOST_VARIANCE",
     "STENCIL",
     "Filters",
     "Frame",
@@ -55,6 +56,9 @@ FLOOR = 1e-6
 
 #: V(S) / F_S is never below this: a convolution by Fourier can come out at zero or below by rounding.
 LEAST_VARIANCE = 1e-3
+
+#: Variance of a pixel over sigma² counts up to this: single precision spreads some 1e-7 of the largest over the frame.
+MOST_VARIANCE = 1e5
 
 #: Pixels between the beginnings of planes, modulo a power of two: 321 cache lines of 64 bytes.
 _GAP = 5136
@@ -381,7 +385,8 @@ def zogy(
     flux_ratio : float
         F_new / F_ref: counts of a star in new over those in ref.
     variance_new, variance_ref : array_like (ny, nx), optional
-        Total variance of each pixel, sky and sources, electrons². Default: ``sigma²``, no source noise.
+        Total variance of each pixel, sky and sources, electrons²; counts up to `MOST_VARIANCE` ``sigma²``. Default:
+        ``sigma²``, no source noise.
     registration_sigma : (float, float)
         Rms registration error in x and y, pixels.
     flux_ratio_error : float
@@ -467,7 +472,8 @@ def zogy(
     )
     frame = Frame(*(filters.fft.real(name) for name in Frame._fields))
     frame.new[:], frame.ref[:] = new / sigma_new, ref / sigma_ref
-    frame.variance_new[:], frame.variance_ref[:] = plane_new / sigma_new**2, plane_ref / sigma_ref**2
+    frame.variance_new[:] = np.minimum(plane_new / sigma_new**2, MOST_VARIANCE)
+    frame.variance_ref[:] = np.minimum(plane_ref / sigma_ref**2, MOST_VARIANCE)
     filtered = Frame(*(np.pad(image, STENCIL, mode="wrap") for image in filter_frame(filters, frame)))
     planes = Planes.empty(new.shape)
     sigma2 = (np.float32(sigma**2) for sigma in (*registration_sigma, flux_ratio_error))

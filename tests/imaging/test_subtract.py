@@ -171,3 +171,25 @@ def test_numbers_that_are_none_are_an_error_not_a_silence(noise, plane):
     given[plane][100, 100] = np.nan
     with pytest.raises(SubtractError, match="not finite in"):
         run(**given)
+
+
+@pytest.mark.parametrize("cause", ["saturated in new", "variance"])
+def test_what_is_known_badly_blinds_no_other_place(noise, cause):
+    """Stars of 3000 sigma that are replaced, or pixels of next to no weight: single precision is shared by a whole
+    frame, and yet a hundred pixels away scores and errors are what they were."""
+    new, ref = noise[0].copy(), noise[1].copy()
+    clean = run(new, ref, renormalise=False, star_residuals=False).difference
+    variance, mask = flat(new.shape, 400), np.zeros(new.shape, np.uint8)
+    y, x = np.mgrid[: new.shape[0], : new.shape[1]]
+    stars = np.hypot(y % 100 - 50, x % 100 - 50) < 6
+    stars[:, 210:] = False
+    if cause == "variance":
+        variance[stars] = 1e12
+    else:
+        new[stars], ref[stars], mask[stars] = 6e4, 7.8e4, MaskBit.SATURATED
+    dirty = run(
+        new, ref, variance_new=variance, mask_new=mask, renormalise=False, star_residuals=False, tile=1024
+    ).difference
+    far = np.s_[:, 300:]
+    np.testing.assert_allclose(dirty.flux_err[far], clean.flux_err[far], rtol=0.02)
+    np.testing.assert_allclose(dirty.score_corr[far], clean.score_corr[far], atol=0.06)
