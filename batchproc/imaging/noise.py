@@ -325,7 +325,7 @@ def _lag_sums(plane, bad, rms, corners, lags):  # type: ignore[no-untyped-def]
     return sums, counts
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
 def _product(row, offset):  # type: ignore[no-untyped-def]
     farther = row[offset:]
     total = np.float32(0.0)
@@ -366,7 +366,7 @@ def _smooth(plane, rows, out):  # type: ignore[no-untyped-def]
             out[y, x] = a * (rows[y - 2, x] + rows[y + 2, x]) + b * (rows[y - 1, x] + rows[y + 1, x]) + c * rows[y, x]
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
 def _leave_out(plane, good):  # type: ignore[no-untyped-def]
     """Mark pixels beyond `CLIP` sigma, and those around them, as not good; sigma is that of the rest."""
     ny, nx = plane.shape

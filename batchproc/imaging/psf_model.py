@@ -302,7 +302,7 @@ def moffat_table(beta: float) -> NDArray[np.float64]:
     return table  # type: ignore[no-any-return]
 
 
-@njit(cache=True, fastmath=True)
+@njit(cache=True, fastmath=True, forceinline=True)
 def add_profile(stamp, matrix, table, dx, dy):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """Add an elliptical Moffat profile of unit integral, centred (dx, dy) off the middle, to a stamp.
 

@@ -440,7 +440,7 @@ def _wide(residual, model, good, flux, rms, photons):  # type: ignore[no-untyped
     return max(1.0, 1.4826 * np.median(z[:n])) if n > 3 else 1.0
 
 
-@njit(cache=True, fastmath=True)
+@njit(cache=True, fastmath=True, forceinline=True)
 def _fill_model(profile, basis, planes, model):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     for p in range(model.size):
         model[p] = profile[p]
@@ -450,7 +450,7 @@ def _fill_model(profile, basis, planes, model):  # type: ignore[no-untyped-def] 
             model[p] += b * plane[p]
 
 
-@njit(cache=True, fastmath=True)
+@njit(cache=True, fastmath=True, forceinline=True)
 def _slopes(model, size, gx, gy):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """Five-point derivatives; the taper is zero at the ends of rows, where they mean nothing."""
     eight, one = np.float32(8 / 12), np.float32(1 / 12)
@@ -469,13 +469,13 @@ def _slopes(model, size, gx, gy):  # type: ignore[no-untyped-def]  # pragma: no 
         b[p] = eight * (down[p] - up[p]) - one * (down2[p] - up2[p])
 
 
-@njit(cache=True, fastmath=True)
+@njit(cache=True, fastmath=True, forceinline=True)
 def _leave(data, model, gx, gy, flux, ex, ey, sky, residual):  # type: ignore[no-untyped-def]  # pragma: no cover
     for p in range(data.size):
         residual[p] = data[p] - flux * (model[p] - ex * gx[p] - ey * gy[p]) - sky
 
 
-@njit(cache=True, fastmath=True)
+@njit(cache=True, fastmath=True, forceinline=True)
 def _weigh(residual, good, model, flux, rms, photons, wide, weight):  # type: ignore[no-untyped-def]  # pragma: no cover
     floor, zero, one = rms * rms, np.float32(0), np.float32(1)
     reach2 = np.float32(1) / (np.float32(TUKEY) * wide) ** 2
@@ -487,7 +487,7 @@ def _weigh(residual, good, model, flux, rms, photons, wide, weight):  # type: ig
         weight[p] = good[p] * q * q * inverse
 
 
-@njit(cache=True, fastmath=True)
+@njit(cache=True, fastmath=True, forceinline=True)
 def _sums(residual, weight, model, gx, gy, ex, ey, out):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """Normal equations of (flux, ex, ey, sky), the derivatives by ex and ey per electron and of the other sign."""
     z = np.float32(0)

@@ -349,7 +349,7 @@ def _cubics(nodes, j, i, v, step_y, cubic):  # type: ignore[no-untyped-def]
         _power_basis(g, cubic[2 + c])
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(cache=True, nogil=True, fastmath=FAST, forceinline=True)
 def _places(cubic, first, step_x, xr, yr, area):  # type: ignore[no-untyped-def]
     """Places on ref of pixels that begin at `first` in the cell, and the area of ref that each covers."""
     for c in range(xr.size):
@@ -371,7 +371,7 @@ def _floor(places, fraction, whole):  # type: ignore[no-untyped-def]
         whole[c] = np.int64(low)
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(cache=True, nogil=True, fastmath=FAST, forceinline=True)
 def _weights(taps, p, out):  # type: ignore[no-untyped-def]
     """``out[t, c] = Σ_d taps[t, d] p[c]^d`` (Horner), DEGREE = 9."""
     for t in range(len(taps)):
@@ -422,7 +422,7 @@ def _sums(plane, ky, kx, wy, wx, scratch, out):  # type: ignore[no-untyped-def]
         first = last
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(cache=True, nogil=True, fastmath=FAST, forceinline=True)
 def _run(plane, y0, x0, wy, wx, first, scratch, out):  # type: ignore[no-untyped-def]
     """Weighted sums for neighbours: that of ``out[c]`` begins at (y0, x0 + c), its weights are in column first + c."""
     n = out.size
@@ -438,7 +438,7 @@ def _run(plane, y0, x0, wy, wx, first, scratch, out):  # type: ignore[no-untyped
             out[c] += weight[c] * row[c]
 
 
-@njit(cache=True, nogil=True, fastmath=FAST)
+@njit(cache=True, nogil=True, fastmath=FAST, forceinline=True)
 def _sum(plane, y0, x0, wy, wx):  # type: ignore[no-untyped-def]
     """One weighted sum; at the edge, pixels are repeated outwards."""
     ny, nx = plane.shape

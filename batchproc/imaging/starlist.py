@@ -310,7 +310,7 @@ def _moments(data, mask, level, xs, ys):  # type: ignore[no-untyped-def]
     return x_out, y_out, width, flux, good
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
 def _weighted_sums(stamp, middle, reach, x, y, s, window):  # type: ignore[no-untyped-def]
     """Sums of the pixels under a Gaussian at (x, y) of width s: of themselves, times dx, times dy, times dx² + dy²."""
     n = 2 * reach + 1

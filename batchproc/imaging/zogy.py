@@ -331,7 +331,7 @@ def score_frame(  # type: ignore[no-untyped-def]  # numba
             gradient2[j] = g_x[j] + g_y[j]
 
 
-@numba.njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")
+@numba.njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy", forceinline=True)
 def _add_slopes2(s, y, x0, g_x, g_y):  # type: ignore[no-untyped-def]  # numba
     """Add the squares of ds/dx and ds/dy along a part of row y."""
     c1, c2, c3, c4 = np.float32(4 / 5), np.float32(-1 / 5), np.float32(4 / 105), np.float32(-1 / 280)

@@ -181,7 +181,7 @@ def _noise_scaled(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 # The sums below may be reordered by the compiler (that makes them fast), but NaN must keep its meaning.
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
 def _sky_and_noise(values: NDArray[np.float32]) -> tuple[float, float]:
     """Mean and standard deviation of the pixels within 3 sigma of the mean, iterated until none is dropped; no NaN."""
     low, high = -NO_DATA_LIMIT, NO_DATA_LIMIT
