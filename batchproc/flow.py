@@ -51,7 +51,8 @@ class ImageResult:
     receipt : Receipt
     difference : Difference
     new, ref : ndarray (ny, nx) float32
-        Background-subtracted, electrons, on the grid of new; ref is not scaled to new.
+        Background-subtracted, electrons, on the grid of new; ref is not scaled to new, but where the flux ratio varies
+        across the image, that is taken out.
     """
 
     catalogue: dict[str, NDArray]
