@@ -166,7 +166,9 @@ def table(trails: Sequence[Trail], difference: Difference, fwhm: float) -> list[
         width, light = across(trail, difference.difference, fwhm)
         f_d = difference.kernels_at(0.5 * (trail.x0 + trail.x1), 0.5 * (trail.y0 + trail.y1)).f_d
         row = {"x0": trail.x0, "y0": trail.y0, "x1": trail.x1, "y1": trail.y1, "length": trail.length, "width": width}
-        row = {name: round(float(value), 2) for name, value in row.items()} | {"brightness": float(f"{light / f_d:.4g}")}
+        row = {name: round(float(value), 2) for name, value in row.items()} | {
+            "brightness": float(f"{light / f_d:.4g}")
+        }
         dashes = [[round(start, 1), round(stop, 1)] for start, stop in trail.dashes]
         rows.append(row | {"dashes": dashes, "n_peaks": trail.n_peaks})
     return rows
