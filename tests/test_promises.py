@@ -18,7 +18,7 @@ def test_known_psf():
     """With PSF, noise and flux ratio known, the algebra meets theory over 50 Mpix."""
     numbers = show(promises.known_psf())
     assert numbers["Mpix"] >= 50
-    assert numbers["S_corr width before renormalisation"] == pytest.approx(1, abs=0.02)
+    assert numbers["S_corr width before renormalisation"] == pytest.approx(1, abs=0.01)
     assert numbers["S_corr width, largest departure"] < 0.02
     assert numbers["median flux / true"] == pytest.approx(1, abs=0.01)
     assert abs(numbers["mean offset x (px)"]) < 0.02
@@ -39,9 +39,9 @@ def test_measured_psf():
 
 @pytest.mark.realdata
 def test_goto_pair():
-    """On the real GOTO pair: at least 57 of 60 found, without masking more than 3 % of the image."""
+    """On the real GOTO pair: at least 58 of 60 found, little else, without masking more than 3 % of the image."""
     images()
     numbers = show(promises.goto())
-    assert numbers["found"] >= 57
+    assert numbers["found"] >= 58
     assert numbers["masked %"] <= 3
-    assert numbers["false, unexplained"] < 60
+    assert numbers["false, unexplained"] <= 30

@@ -302,13 +302,15 @@ def _rate_verdict(rate: Rate) -> Verdict:
     low, high = rate.interval
     within = 1 / 1.5 <= rate.ratio <= 1.5
     possible = low <= 1.5 and high >= 1 / 1.5  # or too few to be told from what is allowed
-    silent = not rate.mpix or (possible and not rate.gaussian)
+    # At the level that is promised, a count too small to tell is no verdict, neither way.
+    promised = rate.threshold == ALARM_LEVELS[0]
+    silent = not rate.mpix or (possible and (not rate.gaussian or (promised and not within)))
     sign = "positive" if rate.sign > 0 else "negative"
     return Verdict(
         f"false alarms at {rate.threshold:g} σ, {sign}",
         f"{rate.gaussian_per_mpix:.3g} /Mpix × 1.5 or / 1.5",
         f"{rate.per_mpix:.3g} /Mpix in {rate.mpix:.3g} Mpix: × {rate.ratio:.2f} ({low:.2f} to {high:.2f})",
-        None if silent else within or (possible and rate.threshold > ALARM_LEVELS[0]),
+        None if silent else within or (possible and not promised),
     )
 
 

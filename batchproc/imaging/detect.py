@@ -350,9 +350,9 @@ def _flags(
     DIPOLE        ``dipole`` above 0.5; or the nearest star of the reference, moved a little, explains it better than a
                   source does (`shift_test`)
     COSMIC_RAY    ``delta_new`` above 1, a point source excluded by 3 sigma (`delta_test`), or a track (`track_test`);
-                  and the detection is positive, or new's hot pixel fits better than ref's
+                  and the detection is positive, or negative and new's (dead) pixel fits it where ref's does not
     HOT_PIXEL_REF ``delta_ref`` above 1, a point source excluded by 3 sigma, or a track; and the detection is negative,
-                  or ref's hot pixel fits better than new's
+                  or positive and ref's (dead) pixel fits it where new's does not
     STREAK        `on_streak`, or on one of the trails of `find_trails`
     BAD_FIT       chi-square of the ν degrees of freedom above ``ν + 6 √(2 ν) + (0.1 S/N)²``: the noise, and a PSF that
                   is wrong by a tenth (in the root mean square under the fit) must not make it; or a patch much wider
@@ -361,7 +361,7 @@ def _flags(
     """
     x, y, scorr = columns["x"], columns["y"], columns["scorr"]
     saturated = distance_to_pixels((mask & MaskBit.SATURATED) != 0, x, y)
-    hot_new, hot_ref = columns["delta_new"], columns["delta_ref"]
+    hit_new, hit_ref = columns["hit_new"] > 0, columns["hit_ref"] > 0
     freedom = np.maximum(columns["n_pixels"] - 3.0, 1.0)
     allowed = freedom + 6 * np.sqrt(2 * freedom) + (0.1 * scorr) ** 2
     rules = {
@@ -370,8 +370,8 @@ def _flags(
         Flag.SATURATED: saturated <= 2 * psf_fwhm,
         Flag.BRIGHT_STAR: np.zeros(len(x), bool) if bright is None else bright.cover(x, y),
         Flag.DIPOLE: (columns["dipole"] > 0.5) | (columns["shifted"] > 0),
-        Flag.COSMIC_RAY: (columns["hit_new"] > 0) & ((scorr > 0) | (hot_new > hot_ref)),
-        Flag.HOT_PIXEL_REF: (columns["hit_ref"] > 0) & ((scorr < 0) | (hot_ref > hot_new)),
+        Flag.COSMIC_RAY: hit_new & ((scorr > 0) | ~hit_ref),
+        Flag.HOT_PIXEL_REF: hit_ref & ((scorr < 0) | ~hit_new),
         Flag.STREAK: streak,
         Flag.BAD_FIT: ~(columns["chi2"] * freedom <= allowed) | (columns["broad"] > 0),  # NaN is no good fit
     }

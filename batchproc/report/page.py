@@ -301,11 +301,12 @@ def _failures(facts: Facts) -> dict[str, Any]:
 def _cost(images: pd.DataFrame) -> dict[str, str] | None:
     if images.empty:
         return None
-    cpu = float(images["cpu_seconds"].mean())
+    # The median: the first image of each process pays for compiling, once.
+    cpu = float(images["cpu_seconds"].median())
     mpix = float(images["mpix"].mean()) if images["mpix"].notna().any() else np.nan
     return {
         "cpu": f"{cpu:.1f} s",
-        "per_mpix": f"{cpu / mpix:.1f} s" if mpix > 0 else "–",
+        "per_mpix": f"{cpu / mpix:.2f} s" if mpix > 0 else "–",
         "per_core_hour": f"{3600 / cpu:,.0f}" if cpu > 0 else "–",
         "total": f"{images['cpu_seconds'].sum() / 3600:.2f} h",
         "memory": f"{images['peak_memory_mb'].median():,.0f} MiB",

@@ -151,6 +151,8 @@ def goto(seeds=(1, 2, 3), n_injected=60):
     """
     from batchproc.flow import process_image
 
+    if "BATCHPROC_TEST_DATA" not in os.environ:
+        raise SystemExit("set BATCHPROC_TEST_DATA to the folder that holds images/goto (epoch1.fits, epoch2.fits)")
     folder = Path(os.environ["BATCHPROC_TEST_DATA"]) / "images" / "goto"
     from astropy.io import fits
 

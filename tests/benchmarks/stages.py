@@ -143,6 +143,8 @@ def table(numbers: dict[str, Any]) -> str:
 
 def goto_entry() -> dict[str, Any]:
     """The real pair of the test data."""
+    if "BATCHPROC_TEST_DATA" not in os.environ:
+        raise SystemExit("set BATCHPROC_TEST_DATA to the folder that holds images/goto (epoch1.fits, epoch2.fits)")
     folder = Path(os.environ["BATCHPROC_TEST_DATA"]) / "images" / "goto"
     return {"image_id": "goto", "new": str(folder / "epoch2.fits"), "ref": [str(folder / "epoch1.fits")]}
 
