@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from batchproc.config import Config
 from batchproc.errors import SubtractError, UsageError
 from batchproc.imaging.psf_model import PsfModel
+from batchproc.imaging.psf_view import PsfView
 from batchproc.imaging.subtract import FILL_REACH, Tile, finish, plan_tiles, prepare, subtract_tile, tile_border
 from batchproc.imaging.zogy import Planes
 from batchproc.io.fitsfile import Section
@@ -340,20 +341,11 @@ def _joined(finished: Sequence[Any], tiles: Sequence[Tile], number: int) -> da.A
 
 
 @dataclass(frozen=True)
-class _Elsewhere:
+class _Elsewhere(PsfView):
     """A PSF in the coordinates of a part of the image."""
 
-    psf: PsfLike
     y0: int
     x0: int
-
-    @property
-    def size(self) -> int:
-        return self.psf.size
-
-    @property
-    def fwhm(self) -> float:
-        return self.psf.fwhm
 
     def at(self, x: float, y: float) -> NDArray[np.float64]:
         return self.psf.at(x + self.x0, y + self.y0)

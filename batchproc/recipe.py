@@ -19,6 +19,7 @@ from batchproc.imaging.centres import match_centres
 from batchproc.imaging.noise import measure_autocorrelation, seen_by
 from batchproc.imaging.photometry import measure_flux_ratio, psf_flux
 from batchproc.imaging.psf import fit_psf
+from batchproc.imaging.psf_view import PsfView
 from batchproc.imaging.saturation import grow_saturated
 from batchproc.imaging.stars import Stars, find_stars
 from batchproc.imaging.subtract import ResidualModel
@@ -224,20 +225,11 @@ class _Sampling:
 
 
 @dataclass(frozen=True)
-class _PlacedPsf:
+class _PlacedPsf(PsfView):
     """A PSF whose coordinates are those of a sample, asked in the image's, or the other way round."""
 
-    psf: PsfLike
     rows: tuple[NDArray, NDArray]
     columns: tuple[NDArray, NDArray]
-
-    @property
-    def size(self) -> int:
-        return self.psf.size
-
-    @property
-    def fwhm(self) -> float:
-        return self.psf.fwhm
 
     def at(self, x: float, y: float) -> NDArray[np.float64]:
         return self.psf.at(float(np.interp(x, *self.columns)), float(np.interp(y, *self.rows)))

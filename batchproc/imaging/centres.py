@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from batchproc.imaging.planes import as_bytes, native
 from batchproc.imaging.polynomial import Frame, Polynomial, fit_polynomial
+from batchproc.imaging.psf_view import PsfView
 from batchproc.imaging.shift import HALF, shift_stamp, taps, transform
 from batchproc.records import PsfLike
 
@@ -28,22 +29,11 @@ _SMALL_STEP = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
-class MovedPsf:
+class MovedPsf(PsfView):
     """A PSF whose stamps are off centre by `dx` and `dy` pixels, polynomials of the place."""
 
-    psf: PsfLike
     dx: Polynomial
     dy: Polynomial
-
-    @property
-    def size(self) -> int:
-        """Side of the (odd, square) stamp in pixels."""
-        return self.psf.size
-
-    @property
-    def fwhm(self) -> float:
-        """Full width at half maximum at the image centre, in pixels."""
-        return self.psf.fwhm
 
     def at(self, x: float, y: float) -> _Array:
         """PSF stamp ``(size, size)`` at pixel (x, y): off centre by (`dx`, `dy`), unit sum."""

@@ -15,6 +15,7 @@ from scipy import optimize
 
 from batchproc.imaging.planes import as_bytes, native
 from batchproc.imaging.polynomial import Frame, Polynomial, fit_polynomial
+from batchproc.imaging.psf_view import PsfView
 from batchproc.imaging.shift import taps, transform
 from batchproc.records import PsfLike
 
@@ -63,21 +64,10 @@ class FluxRatio:
 
 
 @dataclass(frozen=True, eq=False)
-class KeptPsf:
+class KeptPsf(PsfView):
     """A PSF that keeps the stamps it has given: fits of positions and of fluxes ask for those of the same stars."""
 
-    psf: PsfLike
     _stamps: dict[tuple[float, float], _Array] = field(default_factory=dict, repr=False)
-
-    @property
-    def size(self) -> int:
-        """Side of the (odd, square) stamp in pixels."""
-        return self.psf.size
-
-    @property
-    def fwhm(self) -> float:
-        """Full width at half maximum at the image centre, in pixels."""
-        return self.psf.fwhm
 
     def at(self, x: float, y: float) -> _Array:
         """PSF stamp ``(size, size)`` at pixel (x, y), not to be written to."""

@@ -44,7 +44,6 @@ __all__ = [
     "Tile",
     "TileInput",
     "TileResult",
-    "blank_sky_width",
     "finish",
     "plan_tiles",
     "prepare",
@@ -512,15 +511,6 @@ def finish(
         histogram=histogram,
         n_tiles=len(kernels),
     )
-
-
-def blank_sky_width(values: NDArray) -> float:
-    """Robust standard deviation: half the distance between the 16th and the 84th percentile, in Gaussian units."""
-    if values.size < 100:
-        return 1.0
-    low, high = np.percentile(values, [15.865525, 84.134475])
-    width = float(high - low) / 2
-    return width if width > 0 else 1.0
 
 
 def _width(fine: NDArray[np.int64]) -> float:
