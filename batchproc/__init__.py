@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from batchproc.job import run
     from batchproc.records import Flag, MaskBit
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 #: Public name → where it lives.
 _HOMES = {

@@ -69,7 +69,7 @@ def command_line() -> str:
     group = cli.cli
     return page(
         "The command line",
-        "batchproc/cli.py",
+        "batchproc/cli",
         "`batchproc VERB --help` says the same. Results go to standard output, progress and errors to standard error.",
         table(
             ("exit code", "means"),

@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 from batchproc import simulate
-from batchproc.cli import _tell_plan, cli
+from batchproc.cli import cli
+from batchproc.cli.running import _tell_plan
 from batchproc.config import Config
 from batchproc.distribute import tiles
 from batchproc.distribute.executors import WorkerDiedError

@@ -1,0 +1,70 @@
+"""The command line. A verb parses, calls one function, prints.
+
+Exit codes: 0 all done; 1 finished, some images failed (they are listed) or are missing; 2 usage or bad configuration;
+3 a bug or a fault. Results go to standard output, progress and errors to standard error. Everything heavy is imported
+inside the verbs, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+import batchproc
+from batchproc.cli.common import INTERRUPTED, InOrder, complain, example
+from batchproc.cli.evaluation import evaluate
+from batchproc.cli.manifests import manifest
+from batchproc.cli.models import models
+from batchproc.cli.running import classify, demo, report, retry, run, status
+from batchproc.errors import BatchprocError
+
+__all__ = ["cli", "main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command line and exit with its code; foreseen errors are a line on standard error, not a traceback."""
+    try:
+        code = cli.main(args=None if arguments is None else list(arguments), standalone_mode=False) or 0
+    except click.Abort:
+        complain("interrupted; the same command again goes on from here")
+        code = INTERRUPTED
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except BatchprocError as error:
+        complain(str(error))
+        code = 2
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # whoever read our output has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        else:
+            complain(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
+        code = 3
+    except Exception:
+        traceback.print_exc()
+        complain("this is a bug in batchproc; please report it with the lines above")
+        code = 3
+    sys.exit(code)
+
+
+@click.group(
+    cls=InOrder,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog=example(
+        "batchproc demo",
+        "batchproc manifest build night/*.fits --reference refs/*.fits -o night.csv",
+        "batchproc run night.csv --out RUN",
+    ),
+)
+@click.version_option(batchproc.__version__, prog_name="batchproc")
+def cli() -> None:
+    """Find what changed in the sky: image subtraction, detection and classification of whole surveys."""
+
+
+for _verb in (demo, manifest, run, status, retry, report, classify, models, evaluate):
+    cli.add_command(_verb)

@@ -1,0 +1,127 @@
+"""``batchproc evaluate``: how good the results are, held against what theory promises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from batchproc.cli.common import INTERRUPTED, InOrder, complain, example, set_up, where_to_run
+from batchproc.config import Config
+
+
+@click.group(cls=InOrder, epilog=example("batchproc evaluate completeness --images 10 --out evaluation"))
+def evaluate() -> None:
+    """How good the results are, held against what theory promises."""
+
+
+def _range(context: click.Context, parameter: click.Parameter, value: str) -> tuple[float, float]:
+    try:
+        low, high = (float(part) for part in value.split(":"))
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: two numbers as in 3:15") from None
+    return low, high
+
+
+def _levels(context: click.Context, parameter: click.Parameter, value: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r}: numbers as in 25,400,10000") from None
+
+
+def _refuse_with_manifest(*names: str) -> None:
+    """Options of simulated pairs that were given together with real images would do nothing."""
+    context = click.get_current_context()
+    given = [p.opts[0] for p in context.command.params if p.name in names and _was_given(context, p.name)]
+    if given:
+        raise click.UsageError(f"{', '.join(given)}: of simulated pairs, and --manifest has real ones")
+
+
+def _was_given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+@evaluate.command(
+    "completeness",
+    epilog=example(
+        "batchproc evaluate completeness --images 50 --out evaluation",
+        "batchproc evaluate completeness --psf measured --resampled --sky 100,2000 --out evaluation --dry-run",
+        "batchproc evaluate completeness --manifest night.csv --images 10 --out evaluation",
+    ),
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the results: made if missing.")
+@click.option(
+    "--manifest", type=click.Path(path_type=Path), help="Inject into its real images.  [default: simulated pairs]"
+)
+@click.option("--config", type=click.Path(path_type=Path), help="Settings; keys left out have their defaults.")
+@click.option("--images", type=click.IntRange(1), default=50, show_default=True, help="Pairs to simulate or to take.")
+@click.option("--size", type=click.IntRange(256), default=1024, show_default=True, help="Side of simulated ones.")
+@click.option(
+    "--snr", default="3:15", show_default=True, callback=_range, metavar="LOW:HIGH", help="S/N of what is injected."
+)
+@click.option("--per-image", type=click.IntRange(1), default=30, show_default=True, help="Sources put into each pair.")
+@click.option("--seeing", default="2:5", show_default=True, callback=_range, metavar="LOW:HIGH", help="FWHM in pixels.")
+@click.option("--threshold", type=float, help="Found is what exceeds it, in sigma.  [default: that of the settings]")
+@click.option(
+    "--sky",
+    "skies",
+    default="25,100,400,2000,10000",
+    show_default=True,
+    callback=_levels,
+    metavar="LEVELS",
+    help="Sky levels, electrons a pixel.",
+)
+@click.option(
+    "--psf",
+    type=click.Choice(["known", "measured"]),
+    default="known",
+    show_default=True,
+    help="Whether the PSFs are given, or measured from the stars.",
+)
+@click.option("--resampled", is_flag=True, help="References on a grid of their own, turned and shifted.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of everything random.")
+@click.option("--check", is_flag=True, help="Exit with code 1 when a promise is missed or an image failed.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--dry-run", is_flag=True, help="Say what there is to do and compute nothing.")
+@where_to_run
+def evaluate_completeness(
+    out: Path,
+    manifest: Path | None,
+    config: Path | None,
+    check: bool,
+    as_json: bool,
+    dry_run: bool,
+    cluster: str,
+    workers: int | None,
+    quiet: bool,
+    threshold: float | None,
+    **options: Any,
+) -> int:
+    """Inject sources, and compare what is found, what is falsely found and what is measured with theory.
+
+    Exit code 0, whatever the verdicts say; with --check, 1 when a promise is missed or an image failed.
+    """
+    if manifest is not None:
+        _refuse_with_manifest("size", "seeing", "skies", "psf", "resampled")
+    settings = Config() if config is None else Config.from_toml(config)
+    set_up(settings, cluster)
+    from batchproc.completeness.campaign import Campaign
+    from batchproc.completeness.evaluate import evaluate, plan
+    from batchproc.io.manifest import read_manifest
+
+    entries = None if manifest is None else read_manifest(manifest)
+    threshold = settings.detect.threshold if threshold is None else threshold
+    campaign = Campaign(config=settings, threshold=threshold, **options)
+    if dry_run:
+        click.echo(plan(campaign, entries).text(1 if cluster == "serial" else workers))
+        return 0
+    try:
+        found = evaluate(campaign, out, entries=entries, cluster=cluster, workers=workers, quiet=quiet)
+    except KeyboardInterrupt:
+        complain("interrupted; nothing was written: the same command begins anew")
+        return INTERRUPTED
+    click.echo(json.dumps(found.summary.to_dict(), indent=2) if as_json else found.text())
+    return int(check and not (found.summary.ok and not found.failures))
