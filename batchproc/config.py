@@ -15,7 +15,7 @@ import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -205,8 +205,21 @@ class Config:
     @property
     def digest(self) -> str:
         """Short hash of every setting that decides what comes out (threads and spread do not)."""
-        values = {key: value for key, value in self.to_dict().items() if key not in ("threads", "spread")}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+        return _digest(self.to_dict(), without=_HOW)
+
+    @property
+    def image_digest(self) -> str:
+        """Short hash of what decides the rows and stamps of an image: all of `digest` but the model's."""
+        return _digest(self.to_dict(), without=(*_HOW, "classify"))
+
+
+#: Settings that say how something is computed, not what.
+_HOW = ("threads", "spread")
+
+
+def _digest(values: Mapping[str, Any], without: Collection[str]) -> str:
+    kept = {key: value for key, value in values.items() if key not in without}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _require(condition: bool, owner: object, key: str, wanted: str) -> None:

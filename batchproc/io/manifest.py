@@ -32,7 +32,15 @@ from batchproc.io.images import ImageInfo, inspect_image, unknown_unit
 from batchproc.io.profiles import list_profiles
 from batchproc.records import ManifestEntry
 
-__all__ = ["Problem", "build_manifest", "check_manifest", "manifest_digest", "read_manifest", "write_manifest"]
+__all__ = [
+    "Problem",
+    "build_manifest",
+    "check_manifest",
+    "entry_digest",
+    "manifest_digest",
+    "read_manifest",
+    "write_manifest",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -128,10 +136,21 @@ def write_manifest(table: pd.DataFrame | Sequence[ManifestEntry], path: str | Pa
         raise ManifestError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
+def entry_digest(entry: ManifestEntry) -> str:
+    """Hash of everything that a manifest says of one image; the same for an entry that was written and read again."""
+    values = [_as_read(name, value) for name, value in vars(entry).items()]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def _as_read(name: str, value: Any) -> Any:
+    if name in NUMBERS:
+        return None if value is None else float(value)
+    return [*value] if isinstance(value, tuple | list) else value or None
+
+
 def manifest_digest(entries: Iterable[ManifestEntry]) -> str:
     """Hash of everything that a manifest says, whatever the order of its rows."""
-    lines = sorted(json.dumps(dataclasses.astuple(entry)) for entry in entries)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(sorted(map(entry_digest, entries))).encode()).hexdigest()[:16]
 
 
 def check_manifest(path: str | Path, *, read_headers: bool = True) -> list[Problem]:
