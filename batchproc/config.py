@@ -147,9 +147,13 @@ class ClassifyConfig:
     """A bundled or added model, or the path of one; empty for none."""
     batch: int = 256
     """Stamps to a call of the model."""
+    device: str = "cpu"
+    """What runs the model: ``cpu``, ``gpu`` or ``edgetpu``. Scoring goes to the workers that offer it as a Dask
+    resource (``GPU``, ``EDGETPU``)."""
 
     def __post_init__(self) -> None:
         _require(self.batch >= 1, self, "batch", "at least 1")
+        _require(self.device in ("cpu", "gpu", "edgetpu"), self, "device", "cpu, gpu or edgetpu")
 
 
 @dataclass(frozen=True)
@@ -168,10 +172,13 @@ class Config:
     spread: str = "auto"
     """What the workers share out: ``images`` (one a task), the ``tiles`` of each image (a large one is done sooner), or
     ``auto``: tiles where there are fewer images than workers, and large ones. The results are the same."""
+    time_limit: float = 1800.0
+    """Seconds that one image may take. One that takes longer twice, at last alone, is a failure; 0: no limit."""
 
     def __post_init__(self) -> None:
         _require(self.threads >= 1, self, "threads", "at least 1")
         _require(self.spread in ("auto", "images", "tiles"), self, "spread", "auto, images or tiles")
+        _require(self.time_limit >= 0, self, "time_limit", "positive, or 0 for none")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
@@ -204,7 +211,7 @@ class Config:
 
     @property
     def digest(self) -> str:
-        """Short hash of every setting that decides what comes out (threads and spread do not)."""
+        """Short hash of every setting that decides what comes out: all but those that say how it is computed."""
         return _digest(self.to_dict(), without=_HOW)
 
     @property
@@ -214,11 +221,14 @@ class Config:
 
 
 #: Settings that say how something is computed, not what.
-_HOW = ("threads", "spread")
+_HOW = ("threads", "spread", "time_limit", "classify.device")
 
 
 def _digest(values: Mapping[str, Any], without: Collection[str]) -> str:
     kept = {key: value for key, value in values.items() if key not in without}
+    for key, table in kept.items():
+        if isinstance(table, dict):
+            kept[key] = {name: value for name, value in table.items() if f"{key}.{name}" not in without}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

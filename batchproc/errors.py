@@ -12,8 +12,14 @@
     │   │   └── RawFrameError         an uncalibrated frame
     │   ├── AlignError                no overlap, too few matches, no usable WCS
     │   ├── PsfError                  too few stars, a PSF that cannot be used
-    │   └── SubtractError             nothing left to subtract
-    └── ModelError                    a model that cannot be loaded or does not fit its input
+    │   ├── SubtractError             nothing left to subtract
+    │   ├── TransientError            may heal by itself: tried again before it counts
+    │   └── FatalImageError           it ends the process that works on it, also when that has nothing else to do
+    │       ├── TimeLimitError        by taking longer than an image may
+    │       └── MemoryLimitError      by taking more memory than a worker has
+    ├── ModelError                    a model that cannot be loaded or does not fit its input
+    ├── StorageError                  the run folder cannot be written (full, read-only)        exit code 3
+    └── ClusterError                  no workers any more, or no scheduler                      exit code 3
 
 Anything else that escapes from a task is a bug (exit code 3) and is recorded with its traceback.
 """
@@ -45,6 +51,14 @@ class RunMismatchError(UsageError):
 
 class ModelError(BatchprocError):
     """A model that cannot be loaded, or input that does not fit it."""
+
+
+class StorageError(BatchprocError):
+    """The run folder cannot be written: full, over its quota, read-only. No image is to blame; the campaign stops."""
+
+
+class ClusterError(BatchprocError):
+    """The workers, or the scheduler, are gone for good. What was done is kept; the campaign stops."""
 
 
 class ExposureError(BatchprocError):
@@ -106,3 +120,19 @@ class SubtractError(ExposureError):
     """Nothing to subtract."""
 
     stage = "subtract"
+
+
+class TransientError(ExposureError):
+    """What may heal by itself: a file server that does not answer. The image is tried again a few times."""
+
+
+class FatalImageError(ExposureError):
+    """The image ends the process that works on it: a crash in a library, for one."""
+
+
+class TimeLimitError(FatalImageError):
+    """The image takes longer than ``time_limit``."""
+
+
+class MemoryLimitError(FatalImageError):
+    """The image takes more memory than a worker has."""

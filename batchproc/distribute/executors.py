@@ -6,17 +6,23 @@
 
 from __future__ import annotations
 
+import math
+import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
+from batchproc.errors import ClusterError
+
 __all__ = ["DaskExecutor", "Executor", "Outcome", "SerialExecutor", "WorkerDiedError", "sliding"]
 
 Item = TypeVar("Item")
+
+_POLL_S = 0.1
+_LOOK_S = 2.0  # how old the number of workers may be
 
 
 class WorkerDiedError(Exception):
@@ -36,7 +42,12 @@ class Executor(Protocol):
 
     @property
     def workers(self) -> int:
-        """How many calls run at the same time."""
+        """How many calls run at the same time, at least 1; on a queue it changes while jobs come and go."""
+        ...
+
+    @property
+    def worker_memory(self) -> int | None:
+        """Bytes that the smallest worker may use; None where nobody knows."""
         ...
 
     @property
@@ -44,12 +55,47 @@ class Executor(Protocol):
         """Whether calls run in this process, whose settings are not ours to change."""
         ...
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Hashable:
-        """Accept a call; returns a ticket for it."""
+    @property
+    def absent_for(self) -> float:
+        """Seconds for which there has been no worker at all; 0 where there are some."""
         ...
 
-    def wait(self) -> list[tuple[Hashable, Outcome]]:
-        """Wait until something has finished; each ticket comes back once, and nothing of it is kept."""
+    def offers(self, resource: str) -> bool:
+        """Whether a worker has that resource (``GPU``), or may come that has it."""
+        ...
+
+    def submit(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        resources: Mapping[str, float] | None = None,
+        priority: int = 0,
+    ) -> Hashable:
+        """Accept a call; returns a ticket for it.
+
+        Parameters
+        ----------
+        function, *arguments
+        resources : mapping, optional
+            What the worker must have: ``{"GPU": 1}``.
+        priority : int
+            Calls of a higher one go first.
+        """
+        ...
+
+    def wait(self, timeout: float | None = None) -> list[tuple[Hashable, Outcome]]:
+        """Wait until something has finished; each ticket comes back once, and nothing of it is kept.
+
+        Parameters
+        ----------
+        timeout : float, optional
+            Seconds after which the answer is empty.
+
+        Raises
+        ------
+        ClusterError
+            Nothing will ever finish: the scheduler is gone, or all workers are, and none will come.
+        """
         ...
 
     def cancel(self) -> None:
@@ -62,19 +108,37 @@ class SerialExecutor:
 
     workers = 1
     here = True
+    worker_memory = None
+    absent_for = 0.0
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[Hashable, Callable[[], Any]]] = deque()
+        self._waiting: dict[tuple[int, int], Callable[[], Any]] = {}
+        self._submitted = 0
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Hashable:
+    def offers(self, resource: str) -> bool:
+        """Whatever this machine has: the model's session will say."""
+        return True
+
+    def submit(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        resources: Mapping[str, float] | None = None,
+        priority: int = 0,
+    ) -> Hashable:
         """Queue a call."""
-        ticket = object()
-        self._waiting.append((ticket, partial(function, *arguments)))
+        self._submitted += 1
+        ticket = (-priority, self._submitted)
+        self._waiting[ticket] = partial(function, *arguments)
         return ticket
 
-    def wait(self) -> list[tuple[Hashable, Outcome]]:
-        """Run the oldest call."""
-        ticket, call = self._waiting.popleft()
+    def wait(self, timeout: float | None = None) -> list[tuple[Hashable, Outcome]]:
+        """Run the oldest call of the highest priority."""
+        if not self._waiting:
+            time.sleep(timeout or 0.0)
+            return []
+        ticket = min(self._waiting)
+        call = self._waiting.pop(ticket)
         try:
             return [(ticket, Outcome(call()))]
         except Exception as error:
@@ -93,47 +157,106 @@ class DaskExecutor:
     Parameters
     ----------
     client : distributed.Client
+    patience : float, optional
+        Seconds without any worker after which there is no hope; by default one may always come (a queue).
+    resources : iterable of str
+        What workers have that may come later.
     """
 
     here = False
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, *, patience: float | None = None, resources: Iterable[str] = ()) -> None:
         from distributed import as_completed
 
         self.client = client
+        self._patience, self._resources = patience, frozenset(resources)
         self._finished = as_completed(loop=client.loop, with_results=True, raise_errors=False)
         self._waiting: dict[str, Any] = {}
+        self._threads, self._looked, self._seen = 0, -math.inf, time.monotonic()
 
     @property
     def workers(self) -> int:
         """Threads of the workers that are there now, at least 1."""
-        threads = self.client.nthreads()
-        return max(1, sum(threads.values()))
+        self._look(max_age=_LOOK_S)
+        return max(1, self._threads)
 
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Hashable:
+    @property
+    def worker_memory(self) -> int | None:
+        """The smallest limit of the workers that are there now; None where there are none, or one has no limit."""
+        limits = [worker["memory_limit"] for worker in self._all_workers()]
+        return min(limits) if limits and all(limits) else None
+
+    @property
+    def absent_for(self) -> float:
+        """Seconds since a worker was last seen; 0 while there are some."""
+        self._look(max_age=_LOOK_S)
+        return 0.0 if self._threads else time.monotonic() - self._seen
+
+    def offers(self, resource: str) -> bool:
+        """Whether a worker has that resource, or may come that has it."""
+        return resource in self._resources or any(resource in w.get("resources", ()) for w in self._all_workers())
+
+    def submit(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        resources: Mapping[str, float] | None = None,
+        priority: int = 0,
+    ) -> Hashable:
         """Send a call to the scheduler."""
         plain = function.func if isinstance(function, partial) else function
         key = f"{plain.__name__}-{uuid.uuid4().hex}"  # the dashboard groups by what stands before the dash
-        future = self.client.submit(function, *arguments, key=key, pure=False)
+        needs = dict(resources) if resources else None
+        future = self.client.submit(function, *arguments, key=key, pure=False, resources=needs, priority=priority)
         self._waiting[key] = future
         self._finished.add(future)
         return key
 
-    def wait(self) -> list[tuple[Hashable, Outcome]]:
-        """Take the calls that have finished, at least one."""
+    def wait(self, timeout: float | None = None) -> list[tuple[Hashable, Outcome]]:
+        """Take the calls that have finished."""
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        while not self._finished.has_ready():
+            if time.monotonic() >= end:
+                return []
+            if self._patience is not None and self.absent_for > self._patience:
+                raise ClusterError(
+                    f"no worker has been there for {self._patience:.0f} s and none comes back: every one that begins "
+                    "ends at once; look for its reason in what was printed above, then run again to go on"
+                )
+            with self._finished.thread_condition:
+                self._finished.thread_condition.wait(min(_POLL_S, max(0.0, end - time.monotonic())))
         results = []
-        for future, result in self._finished.next_batch(block=True):
-            results.append((future.key, self._outcome(future, result)))
+        for future, result in self._finished.next_batch(block=False):
             self._waiting.pop(future.key, None)
+            results.append((future.key, self._outcome(future, result)))
             future.release()
         return results
 
     def cancel(self) -> None:
         """Take back what has not begun, and forget what has."""
         self._finished.clear()
-        if self._waiting:
+        if self._waiting and self.client.status == "running":
             self.client.cancel(list(self._waiting.values()))
         self._waiting.clear()
+
+    def _look(self, max_age: float) -> None:
+        now = time.monotonic()
+        if now - self._looked < max_age:
+            return
+        try:
+            self._threads = sum(self.client.nthreads().values())
+        except (OSError, RuntimeError, ValueError) as error:
+            raise _gone(error) from error
+        self._looked = now
+        if self._threads:
+            self._seen = now
+
+    def _all_workers(self) -> list[dict[str, Any]]:
+        try:
+            information = self.client.scheduler_info(n_workers=-1)
+        except TypeError:  # Dask before 2025 always tells of all
+            information = self.client.scheduler_info()
+        return list(information["workers"].values())
 
     @staticmethod
     def _outcome(future: Any, result: Any) -> Outcome:
@@ -141,14 +264,25 @@ class DaskExecutor:
 
         if future.status == "finished":
             return Outcome(result)
+        if future.status in ("cancelled", "lost"):  # nobody but the scheduler's end cancels what we wait for
+            raise _gone(result)
         error = result[1] if isinstance(result, tuple) else result
         if isinstance(error, KilledWorker):
             error = WorkerDiedError("the worker process died while it worked on this")
         return Outcome(error=error)
 
 
+def _gone(error: object) -> ClusterError:
+    return ClusterError(f"the Dask scheduler is gone ({error}); what was done is kept: run again to go on")
+
+
 def sliding(
-    executor: Executor, function: Callable[[Item], Any], items: Iterable[Item], window: int | None = None
+    executor: Executor,
+    function: Callable[[Item], Any],
+    items: Iterable[Item],
+    window: int | None = None,
+    *,
+    resources: Mapping[str, float] | None = None,
 ) -> Iterator[tuple[Item, Outcome]]:
     """Map a function over items, with a bounded number of calls under way: yields (item, outcome) as they finish.
 
@@ -163,18 +297,22 @@ def sliding(
     items : iterable
     window : int, optional
         By default two for each worker, so that none waits for the driver.
+    resources : mapping, optional
+        What a worker must have for it.
     """
-    window = window or 2 * executor.workers + 2
     remaining = iter(items)
     waiting: dict[Hashable, Item] = {}
+
+    def fill() -> None:
+        for item in islice(remaining, max(0, (window or 2 * executor.workers + 2) - len(waiting))):
+            waiting[executor.submit(function, item, resources=resources)] = item
+
     try:
-        for item in islice(remaining, window):
-            waiting[executor.submit(function, item)] = item
+        fill()
         while waiting:
             for ticket, outcome in executor.wait():
                 item = waiting.pop(ticket)
-                for following in islice(remaining, 1):
-                    waiting[executor.submit(function, following)] = following
+                fill()
                 yield item, outcome
     finally:
         executor.cancel()

@@ -37,18 +37,23 @@ class Backwards:
 
     workers = 2
     here = True
+    worker_memory = None
+    absent_for = 0.0
 
     def __init__(self):
         self.waiting = []
         self.most = 0
         self.cancelled = 0
 
-    def submit(self, function, *arguments):
+    def offers(self, resource):
+        return False
+
+    def submit(self, function, *arguments, resources=None, priority=0):
         self.waiting.append((object(), partial(function, *arguments)))
         self.most = max(self.most, len(self.waiting))
         return self.waiting[-1][0]
 
-    def wait(self):
+    def wait(self, timeout=None):
         ticket, call = self.waiting.pop()
         try:
             return [(ticket, Outcome(call()))]
