@@ -18,11 +18,7 @@ has the folder: see `RunFolder.locked`.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
-import os
-import socket
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +33,7 @@ import batchproc
 from batchproc.config import Config
 from batchproc.errors import RunMismatchError, UsageError
 from batchproc.io.atomic import part_name, remove_leftovers, replacing, write_text
+from batchproc.io.lock import one_driver
 from batchproc.io.manifest import manifest_digest, read_manifest, write_manifest
 from batchproc.records import ManifestEntry
 
@@ -192,20 +189,7 @@ class RunFolder:
             Another driver has it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    lock.seek(0)
-                    raise UsageError(
-                        f"{self.path}: another batchproc works on this run ({lock.read().strip()}); "
-                        "wait for it, stop it, or choose another --out"
-                    ) from None
-                # A file system without locks: then nobody watches but the user.
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            lock.flush()
+        with one_driver(self.path, self.log / "heartbeat.json"):
             for folder in (self.path, self.catalogue, self.stamps, self.done, self.log, *self.scores.glob("*/")):
                 remove_leftovers(folder)
             yield
