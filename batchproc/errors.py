@@ -14,9 +14,9 @@
     │   ├── PsfError                  too few stars, a PSF that cannot be used
     │   ├── SubtractError             nothing left to subtract
     │   ├── TransientError            may heal by itself: tried again before it counts
-    │   └── FatalImageError           it ends the process that works on it, also when that has nothing else to do
-    │       ├── TimeLimitError        by taking longer than an image may
-    │       └── MemoryLimitError      by taking more memory than a worker has
+    │   ├── TimeLimitError            takes longer than an image may
+    │   ├── MemoryLimitError          takes more memory than a worker has
+    │   └── CrashError                ends the process that works on it, also when that has nothing else to do
     ├── ModelError                    a model that cannot be loaded or does not fit its input
     ├── StorageError                  the run folder cannot be written (full, read-only)        exit code 3
     └── ClusterError                  no workers any more, or no scheduler                      exit code 3
@@ -126,13 +126,13 @@ class TransientError(ExposureError):
     """What may heal by itself: a file server that does not answer. The image is tried again a few times."""
 
 
-class FatalImageError(ExposureError):
-    """The image ends the process that works on it: a crash in a library, for one."""
-
-
-class TimeLimitError(FatalImageError):
+class TimeLimitError(ExposureError):
     """The image takes longer than ``time_limit``."""
 
 
-class MemoryLimitError(FatalImageError):
+class MemoryLimitError(ExposureError):
     """The image takes more memory than a worker has."""
+
+
+class CrashError(ExposureError):
+    """The image ends the process that works on it, also when that has nothing else to do: a crash in a library."""
