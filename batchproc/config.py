@@ -33,6 +33,8 @@ __all__ = [
     "DetectConfig",
     "PsfConfig",
     "SubtractConfig",
+    "read_toml",
+    "settings_from",
 ]
 
 
@@ -183,17 +185,12 @@ class Config:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
         """Build from nested dictionaries; raises `ConfigError` on an unknown key, type or value."""
-        return _build(cls, values, "")
+        return settings_from(cls, values)
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Config:
         """Read a TOML file; raises `ConfigError`."""
-        try:
-            values = tomllib.loads(Path(path).read_text())
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not valid TOML: {error}") from error
+        values = read_toml(path)
         try:
             return cls.from_dict(values)
         except ConfigError as error:
@@ -239,7 +236,18 @@ def _require(condition: bool, owner: object, key: str, wanted: str) -> None:
         raise ConfigError(f"{name} = {getattr(owner, key)!r}: must be {wanted}")
 
 
-def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """What a TOML file says; raises `ConfigError`."""
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+
+
+def settings_from(cls: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """Build a dataclass all of whose fields have defaults, which give the types; raises `ConfigError`."""
     known = {f.name: f for f in dataclasses.fields(cls)}
     arguments: dict[str, Any] = {}
     for key, value in values.items():
@@ -252,9 +260,13 @@ def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
         if dataclasses.is_dataclass(default):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{name}: expected a table, found {type(value).__name__}")
-            value = _build(type(default), value, f"{name}.")
+            value = settings_from(type(default), value, f"{name}.")
         elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
+        elif isinstance(default, tuple):
+            if not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+                raise ConfigError(f"{name} = {value!r}: expected a list of strings")
+            value = tuple(value)
         elif type(value) is not type(default):
             raise ConfigError(f"{name} = {value!r}: expected {type(default).__name__}, found {type(value).__name__}")
         arguments[key] = value

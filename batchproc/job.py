@@ -17,7 +17,7 @@ from typing import Any
 from batchproc.config import Config
 from batchproc.display import say, show
 from batchproc.distribute.campaign import classify_chunks, plan_chunks, process_images
-from batchproc.distribute.clusters import check_cluster, dashboard, local_workers, open_executor
+from batchproc.distribute.clusters import Where, dashboard, local_workers, open_executor
 from batchproc.distribute.executors import Executor, WorkerDiedError
 from batchproc.distribute.plan import Plan, choose_spread, evenly, image_pixels, images_at_once, plan_run
 from batchproc.distribute.tasks import Chunk
@@ -211,7 +211,7 @@ def classify(
         job.take_stock()
         chunks = job.unscored()
         if chunks:
-            with open_executor(cluster, workers, settings.threads, len(chunks)) as executor:
+            with open_executor(Where(cluster, workers), settings.threads, len(chunks), folder=folder.log) as executor:
                 job.score(chunks, executor)
     return sum(chunk.n_candidates for chunk in chunks)
 
@@ -249,7 +249,7 @@ class _Job:
         max_bugs: int,
         quiet: bool,
     ) -> None:
-        check_cluster(cluster)
+        Where(cluster, workers).check()
         self.folder, self.settings, self.steps = folder, settings, steps
         self.cluster, self.workers = cluster, workers
         self.report, self.max_bugs, self.quiet = report, max_bugs, quiet
@@ -311,8 +311,12 @@ class _Job:
         threads = self.settings.threads
         workers = local_workers(self.workers, threads)
         if self.spread(todo, workers, pixels) == "tiles":
-            return open_executor(self.cluster, workers, threads, large=images_at_once(len(todo), workers))
-        return open_executor(self.cluster, self.workers, threads, max(len(todo), len(chunks)))
+            return open_executor(
+                Where(self.cluster, workers), threads, large=images_at_once(len(todo), workers), folder=self.folder.log
+            )
+        return open_executor(
+            Where(self.cluster, self.workers), threads, max(len(todo), len(chunks)), folder=self.folder.log
+        )
 
     def process(self, todo: Sequence[ManifestEntry], executor: Executor, spread: str) -> Counter[str]:
         """Process images; returns how many ended how."""

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from batchproc.distribute.clusters import open_executor
+from batchproc.distribute.clusters import Where, open_executor
 from batchproc.distribute.threads import thread_environment
 
 # Before Numba is imported: it refuses another number once it has begun, and the command line and Dask's nannies
@@ -17,5 +17,5 @@ os.environ.update(thread_environment(1))
 @pytest.fixture(scope="session")
 def dask_executor():
     """Two worker processes."""
-    with open_executor("local", workers=2) as executor:
+    with open_executor(Where("local", 2)) as executor:
         yield executor

@@ -18,7 +18,7 @@ from batchproc.completeness.real import real_sample, real_tasks
 from batchproc.completeness.sample import Sample
 from batchproc.completeness.verdicts import Summary, finite, summarise
 from batchproc.display import duration, say, show
-from batchproc.distribute.clusters import check_cluster, local_workers, open_executor
+from batchproc.distribute.clusters import Where, local_workers, open_executor
 from batchproc.distribute.executors import WorkerDiedError, sliding
 from batchproc.distribute.plan import image_pixels
 from batchproc.errors import ExposureError, UsageError
@@ -151,7 +151,7 @@ def evaluate(
     OSError
         The folder cannot be made; before anything is computed.
     """
-    check_cluster(cluster)
+    Where(cluster, workers).check()
     planned = plan(campaign, entries)
     say(planned.text(1 if cluster == "serial" else workers), quiet=quiet)
     Path(out).mkdir(parents=True, exist_ok=True)  # before the work, which would be lost
@@ -159,7 +159,7 @@ def evaluate(
     failures: dict[int, str] = {}
     function: Callable[[Any], Sample] = simulated_sample if entries is None else real_sample
     tasks: Iterable[Any] = simulated_tasks(campaign) if entries is None else real_tasks(entries, campaign)
-    with open_executor(cluster, workers, campaign.config.threads, planned.images) as executor:
+    with open_executor(Where(cluster, workers), campaign.config.threads, planned.images) as executor:
         outcomes = sliding(executor, function, tasks)
         for task, outcome in show(outcomes, planned.images, "images", quiet=quiet):
             if isinstance(outcome.error, ExposureError):

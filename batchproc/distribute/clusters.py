@@ -1,4 +1,4 @@
-"""Which executor a user's word means: ``serial``, ``local``, or the address of a Dask scheduler.
+"""Where a run works: ``serial``, ``local``, the address of a Dask scheduler, or the profile of a batch system.
 
 A local cluster is one process a core with one thread each. Its ports are bound to the loopback interface: nobody on
 another machine reaches them, but other users of this machine could.
@@ -9,14 +9,20 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from batchproc.distribute.executors import DaskExecutor, Executor, SerialExecutor
+from batchproc.distribute.sites import Certificates, Site, load_site
 from batchproc.distribute.threads import limit_threads, thread_environment
 from batchproc.errors import UsageError
 
-__all__ = ["check_cluster", "dashboard", "local_workers", "open_executor"]
+if TYPE_CHECKING:
+    from distributed import Client
+
+__all__ = ["Where", "dashboard", "local_workers", "open_executor", "worker_memory"]
 
 _DASK = {
     # The campaign itself gives a task a second chance, alone; and one task to a worker keeps blame from neighbours.
@@ -29,32 +35,72 @@ _DASK = {
     "distributed.worker.memory.terminate": 0.95,
 }
 
+#: Seconds after which a local cluster that has lost all its processes is given up.
+_PATIENCE_S = 60.0
 
-def check_cluster(cluster: str) -> None:
-    """Raise `UsageError` where `open_executor` does not know the word; connects to nothing."""
-    if cluster not in ("serial", "local") and "://" not in cluster:
-        raise UsageError(
-            f"cluster {cluster!r}: expected local, serial, or the address of a scheduler (tcp://host:port)"
-        )
+
+@dataclass(frozen=True)
+class Where:
+    """Where to run; the results are the same.
+
+    Attributes
+    ----------
+    cluster : str
+        ``"serial"``: here, one after the other. ``"local"``: a Dask cluster on this machine. ``"tcp://host:port"`` or
+        ``"tls://host:port"``: a running Dask scheduler whose workers see the same files. Else the name or path of a
+        site profile (`batchproc.distribute.sites`): jobs of a batch system.
+    workers : int, optional
+        Worker processes of a local cluster (by default as many as there are cores), or of all jobs together (by default
+        what the profile says).
+    min_jobs, max_jobs : int, optional
+        In place of the profile's.
+    performance_report : path, optional
+        Dask's own report of what its workers did, written at the end.
+    """
+
+    cluster: str = "local"
+    workers: int | None = None
+    min_jobs: int | None = None
+    max_jobs: int | None = None
+    performance_report: str | Path | None = None
+
+    @property
+    def is_address(self) -> bool:
+        """A scheduler that runs already, by its bare address."""
+        return "://" in self.cluster
+
+    def site(self) -> Site | None:
+        """The profile, with the numbers of jobs that are in force; None for a local or a serial run.
+
+        Raises
+        ------
+        UsageError
+            No such profile, or one that cannot be used.
+        """
+        if self.cluster in ("serial", "local"):
+            return None
+        if self.is_address:
+            return Site(system="address", address=self.cluster)
+        return load_site(self.cluster)
+
+    def check(self) -> None:
+        """Raise `UsageError` for what `open_executor` would refuse; connects to nothing."""
+        self.site()
 
 
 @contextmanager
 def open_executor(
-    cluster: str = "local",
-    workers: int | None = None,
+    where: Where,
     threads: int = 1,
     tasks: int = 10**9,
     large: int | None = None,
+    folder: Path | None = None,
 ) -> Iterator[Executor]:
     """An executor for the time of a ``with`` block.
 
     Parameters
     ----------
-    cluster : str
-        ``"serial"``: here, one after the other. ``"local"``: a Dask cluster on this machine. ``"tcp://host:port"`` or
-        ``"tls://host:port"``: a running Dask scheduler whose workers see the same files.
-    workers : int, optional
-        Processes of a local cluster; by default as many as there are cores for `threads` each.
+    where : Where
     threads : int
         Threads that libraries may use in each process.
     tasks : int
@@ -62,22 +108,47 @@ def open_executor(
     large : int, optional
         Where no more than so many processes of a local cluster will hold much at a time, the memory is theirs; by
         default it is shared out equally.
+    folder : path, optional
+        Seen by the workers: what jobs print goes there, and for the time of the run the keys of TLS. By default
+        ``~/.batchproc``.
 
     Raises
     ------
     UsageError
-        Another word, or a scheduler that does not answer.
+        Another word, a profile that cannot be used, or a scheduler that does not answer.
     """
-    check_cluster(cluster)
-    if cluster == "serial":
+    site = where.site()
+    if where.cluster == "serial":
         with limit_threads(threads):  # of the caller's process, which gets its own back
             yield SerialExecutor()
-    elif cluster == "local":
-        with _local_client(workers, threads, tasks, large) as client:
-            yield DaskExecutor(client)
-    else:
-        with _remote_client(cluster) as client:
-            yield DaskExecutor(client)
+        return
+    with ExitStack() as stack:
+        if site is None:
+            client = stack.enter_context(_local_client(where.workers, threads, tasks, large))
+            executor = DaskExecutor(client, patience=_PATIENCE_S)
+        else:
+            client = stack.enter_context(_remote_client(site))
+            executor = DaskExecutor(client, resources=tuple(site.resources))
+        if where.performance_report is not None:
+            from distributed import performance_report
+
+            stack.enter_context(performance_report(filename=str(where.performance_report)))
+        yield executor
+
+
+def worker_memory(where: Where, threads: int = 1, tasks: int = 10**9, large: int | None = None) -> int | None:
+    """Bytes that one worker will have, known before anything is started; None where nobody knows.
+
+    Arguments as for `open_executor`.
+    """
+    from distributed.system import MEMORY_LIMIT
+
+    if where.cluster == "serial":
+        return int(MEMORY_LIMIT)
+    site = where.site()
+    if site is None:
+        return _local_memory(_local_processes(where.workers, threads, tasks), large)
+    return None if site.system == "address" else site.worker_memory(threads)
 
 
 def dashboard(executor: Executor) -> str | None:
@@ -92,23 +163,32 @@ def local_workers(workers: int | None, threads: int) -> int:
     return max(1, workers or CPU_COUNT // threads)
 
 
-@contextmanager
-def _local_client(workers: int | None, threads: int, tasks: int, large: int | None) -> Iterator[Any]:
-    import dask
-    from distributed import Client, LocalCluster
+def _local_processes(workers: int | None, threads: int, tasks: int) -> int:
+    return max(1, min(local_workers(workers, threads), tasks))
+
+
+def _local_memory(processes: int, large: int | None) -> int:
     from distributed.system import MEMORY_LIMIT
 
-    workers = max(1, min(local_workers(workers, threads), tasks))
+    return int(0.9 * MEMORY_LIMIT / min(processes, large or processes))
+
+
+@contextmanager
+def _local_client(workers: int | None, threads: int, tasks: int, large: int | None) -> Iterator[Client]:
+    import dask
+    from distributed import Client, LocalCluster
+
+    processes = _local_processes(workers, threads, tasks)
     environment = dask.config.get("distributed.nanny.pre-spawn-environ", {}) | thread_environment(threads)
     settings = _DASK | {"distributed.nanny.pre-spawn-environ": environment}
     with dask.config.set(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is already in use", category=UserWarning)
         with (
             LocalCluster(
-                n_workers=workers,
+                n_workers=processes,
                 threads_per_worker=1,
                 processes=True,
-                memory_limit=int(0.9 * MEMORY_LIMIT / min(workers, large or workers)),
+                memory_limit=_local_memory(processes, large),
                 host="127.0.0.1",
                 dashboard_address="127.0.0.1:8787",
                 silence_logs=logging.CRITICAL,
@@ -119,12 +199,33 @@ def _local_client(workers: int | None, threads: int, tasks: int, large: int | No
 
 
 @contextmanager
-def _remote_client(address: str) -> Iterator[Any]:
+def _remote_client(site: Site) -> Iterator[Client]:
     from distributed import Client
 
     try:
-        client = Client(address, timeout=10)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"no Dask scheduler answers at {address} ({error}); is it running?") from error
+        client = Client(site.address, timeout=10, security=_security(site.certificates))
+    except (OSError, ValueError, TypeError) as error:
+        hint = "is it running?"
+        if site.address.startswith("tls://") and not site.certificates:
+            hint = (
+                "tls:// needs certificates: name them in a profile (system = 'address', [certificates] ca, cert, key), "
+                "or in Dask's own configuration (distributed.comm.tls)"
+            )
+        raise UsageError(f"no Dask scheduler answers at {site.address} ({error}); {hint}") from error
     with client:
         yield client
+
+
+def _security(certificates: Certificates) -> Any:
+    """What Dask makes of certificates; None (its own configuration) where there are none."""
+    if not certificates:
+        return None
+    from distributed.security import Security
+
+    ca, cert, key = certificates.ca, certificates.cert, certificates.key
+    roles = {
+        f"tls_{role}_{what}": path
+        for role in ("client", "scheduler", "worker")
+        for what, path in (("cert", cert), ("key", key))
+    }
+    return Security(tls_ca_file=ca, require_encryption=True, **roles)

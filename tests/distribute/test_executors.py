@@ -10,7 +10,7 @@ import pytest
 import zarr
 from numcodecs import blosc
 
-from batchproc.distribute.clusters import open_executor
+from batchproc.distribute.clusters import Where, open_executor
 from batchproc.distribute.executors import Outcome, SerialExecutor, WorkerDiedError, sliding
 from batchproc.distribute.threads import limit_threads, thread_environment
 from batchproc.errors import ReadError, UsageError
@@ -144,7 +144,7 @@ def test_limiting_threads_reaches_what_is_imported():
 def test_a_serial_run_leaves_its_caller_as_it_was():
     """Threads are held to the number while it works, and given back."""
     before = thread_counts()
-    with open_executor("serial", threads=1) as executor:
+    with open_executor(Where("serial"), threads=1) as executor:
         assert [outcome.value for _, outcome in sliding(executor, call, [thread_counts])] == [(1, 1, 1)]
     assert thread_counts() == before
 
@@ -166,5 +166,5 @@ def call(function):
 @pytest.mark.parametrize("word", ["slurm", ""])
 def test_an_unknown_cluster_is_refused(word):
     """The message lists what there is."""
-    with pytest.raises(UsageError, match="expected local, serial"), open_executor(word):
+    with pytest.raises(UsageError, match="expected local, serial"), open_executor(Where(word)):
         pass
