@@ -97,7 +97,7 @@ def run(
     out: str | Path,
     *,
     config: Config | str | Path | None = None,
-    cluster: str = "local",
+    cluster: str | Where = "local",
     workers: int | None = None,
     spread: str | None = None,
     pilot: int | None = None,
@@ -115,12 +115,12 @@ def run(
         The run folder; made, or continued. Images that failed before are left to `retry`.
     config : Config or path of a TOML file, optional
         By default that of the run that is continued, or the defaults.
-    cluster : str
-        ``"local"`` (a process a core), ``"serial"`` (here), or the address of a Dask scheduler. The results are the
-        same. Scripts that use ``"local"`` need the usual ``if __name__ == "__main__":``, since its processes import
-        the script.
+    cluster : str or Where
+        ``"local"`` (a process a core), ``"serial"`` (here), the address of a Dask scheduler, or the name or path of a
+        site profile (jobs of a batch system); `Where` says more than that. The results are the same. Scripts that use
+        ``"local"`` need the usual ``if __name__ == "__main__":``, since its processes import the script.
     workers : int, optional
-        Processes of a local cluster.
+        Worker processes.
     spread : {"auto", "images", "tiles"}, optional
         What the workers share out; by default ``spread`` of the configuration.
     pilot : int, optional
@@ -146,7 +146,7 @@ def run(
     """
     folder = RunFolder(Path(out))
     entries, settings = _entries(manifest), _spread(_settings(config, folder), spread)
-    job = _Job(folder, settings, steps, cluster, workers, report, max_bugs, quiet)
+    job = _Job(folder, settings, steps, _where(cluster, workers), report, max_bugs, quiet)
     with folder.locked():
         folder.freeze(entries, settings, lambda: steps.wisdom(settings))
         job.take_stock()
@@ -161,7 +161,7 @@ def run(
 def retry(
     out: str | Path,
     *,
-    cluster: str = "local",
+    cluster: str | Where = "local",
     workers: int | None = None,
     spread: str | None = None,
     report: bool = True,
@@ -172,7 +172,7 @@ def retry(
     """Try the images again that failed; arguments as for `run`, which is what does those that were never tried."""
     folder = RunFolder.existing(out)
     folder.check_version()
-    job = _Job(folder, _spread(folder.config(), spread), steps, cluster, workers, report, max_bugs, quiet)
+    job = _Job(folder, _spread(folder.config(), spread), steps, _where(cluster, workers), report, max_bugs, quiet)
     with folder.locked():
         job.take_stock()
         failed = {image_id for image_id, status in finished_images(folder).items() if status != "done"}
@@ -185,7 +185,7 @@ def classify(
     out: str | Path,
     model: str,
     *,
-    cluster: str = "local",
+    cluster: str | Where = "local",
     workers: int | None = None,
     quiet: bool = False,
     steps: Steps = Steps(),
@@ -206,7 +206,7 @@ def classify(
     folder = RunFolder.existing(out)
     settings = folder.config()
     settings = replace(settings, classify=replace(settings.classify, model=model))
-    job = _Job(folder, settings, steps, cluster, workers, report=False, max_bugs=0, quiet=quiet)
+    job = _Job(folder, settings, steps, _where(cluster, workers), report=False, max_bugs=0, quiet=quiet)
     with folder.locked():
         job.take_stock()
         chunks = job.unscored()
@@ -243,15 +243,14 @@ class _Job:
         folder: RunFolder,
         settings: Config,
         steps: Steps,
-        cluster: str,
-        workers: int | None,
+        where: Where,
         report: bool,
         max_bugs: int,
         quiet: bool,
     ) -> None:
-        Where(cluster, workers).check()
+        where.check()
         self.folder, self.settings, self.steps = folder, settings, steps
-        self.cluster, self.workers = cluster, workers
+        self.where = where
         self.report, self.max_bugs, self.quiet = report, max_bugs, quiet
         name = settings.classify.model
         self.model = steps.model(name, settings.threads) if name else None
@@ -309,14 +308,11 @@ class _Job:
     ) -> AbstractContextManager[Executor]:
         """Where it runs, with no more processes than have work, and memory where the images are."""
         threads = self.settings.threads
-        workers = local_workers(self.workers, threads)
+        workers = local_workers(self.where.workers, threads)
         if self.spread(todo, workers, pixels) == "tiles":
-            return open_executor(
-                Where(self.cluster, workers), threads, large=images_at_once(len(todo), workers), folder=self.folder.log
-            )
-        return open_executor(
-            Where(self.cluster, self.workers), threads, max(len(todo), len(chunks)), folder=self.folder.log
-        )
+            large = images_at_once(len(todo), workers)
+            return open_executor(self.where, threads, large=large, folder=self.folder.log)
+        return open_executor(self.where, threads, max(len(todo), len(chunks)), folder=self.folder.log)
 
     def process(self, todo: Sequence[ManifestEntry], executor: Executor, spread: str) -> Counter[str]:
         """Process images; returns how many ended how."""
@@ -360,6 +356,11 @@ def _tell_scoring(error: Exception) -> str:
     """In a line where it was foreseen, with its traceback otherwise."""
     foreseen = isinstance(error, (ModelError, WorkerDiedError))
     return f"scoring: {error if foreseen else ''.join(traceback.format_exception(error))}"
+
+
+def _where(cluster: str | Where, workers: int | None) -> Where:
+    where = Where(cluster) if isinstance(cluster, str) else cluster
+    return where if workers is None else replace(where, workers=workers)
 
 
 def _entries(manifest: str | Path | Sequence[ManifestEntry]) -> list[ManifestEntry]:

@@ -148,7 +148,7 @@ def test_a_killed_driver_is_resumed(tmp_path):
     assert contents(tmp_path / "run") == contents(tmp_path / "other")
 
 
-@pytest.mark.parametrize("step", ["write_part", "write_stamps", "mark_done"])
+@pytest.mark.parametrize("step", ["write_part", "write_stamps", "write_marker"])
 def test_a_task_that_dies_between_its_steps_is_not_trusted(tmp_path, monkeypatch, step):
     """Wherever a task dies, a rerun does the image again and ends with what an undisturbed one writes."""
 
@@ -156,7 +156,7 @@ def test_a_task_that_dies_between_its_steps_is_not_trusted(tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"batchproc.distribute.tasks.{step}", killed)
+        patch.setattr(f"batchproc.io.store.{step}", killed)
         with pytest.raises(KeyboardInterrupt):
             run(_runs.entries("n3", "n4"), tmp_path / "run", config=_runs.CONFIG, **SERIAL)
     assert len(open_catalogue(tmp_path / "run")) == len(open_stamps(tmp_path / "run")) == 0

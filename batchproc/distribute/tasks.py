@@ -27,10 +27,11 @@ from batchproc.distribute.threads import limit_threads
 from batchproc.distribute.tiles import TileMap
 from batchproc.errors import ExposureError
 from batchproc.imaging.fft import import_wisdom
-from batchproc.io.catalogue import read_part, write_part, write_scores
-from batchproc.io.progress import mark_done
+from batchproc.io.catalogue import read_part, write_scores
+from batchproc.io.markers import input_digest
 from batchproc.io.run_folder import RunFolder
-from batchproc.io.stamps import read_stamps, write_stamps
+from batchproc.io.stamps import read_stamps
+from batchproc.io.store import store_image
 from batchproc.records import ManifestEntry, Receipt
 
 __all__ = ["Chunk", "Job", "classify_chunk", "process_image"]
@@ -95,18 +96,14 @@ def process_image(job: Job, process: Process, entry: ManifestEntry) -> Receipt:
     """
     folder, config = _prepare(job)
     cpu = time.process_time()
+    inputs = input_digest(entry)
     map_tiles = TileMap(partial(_prepare, job)) if job.spread == "tiles" else None
     try:
         result = process(entry, config) if map_tiles is None else process(entry, config, map_tiles=map_tiles)
         if map_tiles is not None:
             cpu -= map_tiles.cpu_elsewhere
-        start = time.perf_counter()
-        write_part(folder.catalogue_part(entry.image_id), result.catalogue)
-        write_stamps(folder.stamps_part(entry.image_id), result.stamps)
-        seconds = {**result.receipt.seconds, "store": time.perf_counter() - start}
-        receipt: Receipt = replace(result.receipt, seconds=seconds, **_use(cpu))
-        mark_done(folder, receipt, config.digest)
-        return receipt
+        receipt = replace(result.receipt, **_use(cpu))
+        return store_image(folder, entry, result.catalogue, result.stamps, receipt, config.image_digest, inputs=inputs)
     except WorkerDiedError:  # the campaign knows what to do
         raise
     except ExposureError as error:
