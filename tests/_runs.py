@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +16,7 @@ import numpy as np
 from batchproc.config import Config
 from batchproc.errors import AlignError, ModelError
 from batchproc.io.run_folder import RunFolder
+from batchproc.io.store import store_image
 from batchproc.records import CATALOGUE, ManifestEntry, Receipt
 
 SIZE = 9
@@ -57,6 +58,14 @@ def result(image_id: str, n: int, size: int = SIZE) -> Result:
     stamps[:, 0, 0, 0] = seed
     stamps[:, 0, 0, 1] = np.arange(n)
     return Result(columns, stamps, Receipt(image_id, "done", n, {"subtract": 0.5}, quality={"fwhm_new": 3.5}))
+
+
+def store(folder: RunFolder, image_id: str, n: int, **changes) -> Result:
+    """What a task leaves behind."""
+    made = result(image_id, n)
+    receipt = replace(made.receipt, **changes)
+    store_image(folder, *entries(image_id), made.catalogue, made.stamps, receipt, CONFIG.image_digest)
+    return made
 
 
 def process(entry: ManifestEntry, config: Config) -> Result:

@@ -15,10 +15,10 @@ import pytest
 
 from batchproc.config import Config
 from batchproc.errors import UsageError
-from batchproc.io.catalogue import write_part, write_scores
-from batchproc.io.progress import ReceiptLog, gather, mark_done
+from batchproc.io.catalogue import write_scores
+from batchproc.io.progress import ReceiptLog, gather
 from batchproc.io.run_folder import RunFolder
-from batchproc.io.stamps import write_stamps
+from batchproc.io.store import store_image
 from batchproc.records import CATALOGUE, Flag, ManifestEntry, Receipt
 from batchproc.report import write_report
 from batchproc.report.facts import HISTOGRAM_EDGES, gather_facts
@@ -62,8 +62,6 @@ def make_run(path, candidates=(12, 7), failed=(), scores=False, size=15):
             rows = columns(image_id, n, rng, "gr"[number % 2])
             stamps = rng.normal(size=(n, 3, size, size)).astype(np.float32)
             stamps[:, ::2, size // 2, size // 2] += 50
-            write_stamps(folder.stamps_part(image_id), stamps)
-            write_part(folder.catalogue_part(image_id), rows)
             receipt = Receipt(
                 image_id=image_id,
                 status="done",
@@ -79,8 +77,7 @@ def make_run(path, candidates=(12, 7), failed=(), scores=False, size=15):
                     "scorr_hist": NORMAL.tolist(),
                 },
             )
-            mark_done(folder, receipt, config.digest)
-            log.add(receipt)
+            store_image(folder, entries[number], rows, stamps, receipt, config.image_digest)
             tables.append(pd.DataFrame(rows))
         for receipt in failed:
             log.add(receipt)

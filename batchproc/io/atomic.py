@@ -17,9 +17,15 @@ from hashlib import sha256
 from pathlib import Path
 from urllib.parse import quote
 
-__all__ = ["TEMPORARY", "part_name", "remove", "remove_leftovers", "replacing", "write_bytes", "write_text"]
+from batchproc.errors import StorageError
+
+__all__ = ["TEMPORARY", "our_disk", "part_name", "remove", "remove_leftovers", "replacing", "write_bytes", "write_text"]
 
 TEMPORARY = ".tmp-"
+_REFUSED = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EFBIG),
+    *(errno.ENODEV, errno.ENXIO, errno.EMLINK),
+}
 _PLAIN = re.compile(r"[\w~-][\w.~-]{0,149}", re.ASCII)  # what quote() leaves alone, in most ids all of it
 _LONGEST_NAME = 180  # of the 255 bytes of most file systems; suffixes and TEMPORARY need the rest
 
@@ -58,6 +64,27 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         remove(temporary)
         raise
+
+
+@contextmanager
+def our_disk(path: Path) -> Iterator[None]:
+    """Say of what the disk under `path` refuses that it is the disk, not what was to be written.
+
+    Raises
+    ------
+    StorageError
+        For a disk that is full, over quota, read-only, forbidden or broken. Errors that may heal by themselves (a file
+        server that is away) are raised as they are.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        raise StorageError(
+            f"{error.filename or path}: {error.strerror}; nothing that was finished is lost: make room or mend the "
+            "disk, then give the same command again"
+        ) from error
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -27,7 +27,16 @@ from batchproc.io.progress import Index, read_index
 from batchproc.io.run_folder import RunFolder
 from batchproc.records import CATALOGUE
 
-__all__ = ["SCHEMA", "open_catalogue", "read_part", "scored_images", "write_part", "write_scores"]
+__all__ = [
+    "PARQUET",
+    "SCHEMA",
+    "make_rows",
+    "open_catalogue",
+    "read_part",
+    "scored_images",
+    "write_part",
+    "write_scores",
+]
 
 SCHEMA = pa.schema(
     [
@@ -39,6 +48,9 @@ SCHEMA = pa.schema(
         for column in CATALOGUE
     ]
 )
+
+#: How everything of ours is written: pages carry a checksum, which readers may hold against their bytes.
+PARQUET: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 
 #: One condition, ``("scorr", ">", 7)``; a list of them must all hold.
 Filter = tuple[str, str, Any]
@@ -54,11 +66,15 @@ _OPERATORS = {
 }
 
 
-def write_part(path: Path, columns: Mapping[str, NDArray]) -> None:
-    """Write the rows of one image, whole or not at all; `columns` has every column of `CATALOGUE`."""
-    table = pa.table({name: pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names}, SCHEMA)
+def make_rows(columns: Mapping[str, NDArray]) -> pa.Table:
+    """Rows of one image as a table of `SCHEMA`; `columns` has every column of `CATALOGUE`."""
+    return pa.table({name: pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names}, SCHEMA)
+
+
+def write_part(path: Path, rows: pa.Table) -> None:
+    """Write the rows of one image, a table of `SCHEMA`, whole or not at all."""
     with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(rows, temporary, **PARQUET)
 
 
 def read_part(path: Path, columns: Sequence[str] | None = None) -> dict[str, NDArray]:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -26,8 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-import batchproc
-from batchproc.io.atomic import part_name, replacing, write_text
+from batchproc.io.atomic import part_name, replacing
 from batchproc.io.run_folder import RunFolder
 from batchproc.records import Receipt
 
@@ -39,7 +38,6 @@ __all__ = [
     "finished_images",
     "gather",
     "iter_receipts",
-    "mark_done",
     "read_index",
     "read_status",
 ]
@@ -80,12 +78,6 @@ FAILURE_SCHEMA = pa.schema(
 )
 
 
-def mark_done(folder: RunFolder, receipt: Receipt, config_digest: str) -> None:
-    """Write the done-marker of an image: the last thing its task does."""
-    marker = {"version": batchproc.__version__, "config_digest": config_digest, "receipt": asdict(receipt)}
-    write_text(folder.marker(receipt.image_id), _to_json(marker))
-
-
 def done_images(folder: RunFolder, image_ids: Iterable[str]) -> set[str]:
     """Those of the images that have a done-marker (one listing of the folder, whatever their number)."""
     marked = _marked(folder)
@@ -97,7 +89,7 @@ def drop_strange_markers(folder: RunFolder) -> int:
 
     They can be left by a run that had the folder before, or copied from another; without them the images are missing.
     """
-    digest = folder.config_digest()
+    digest = folder.config().image_digest
 
     def is_strange(path: Path) -> bool:
         try:

@@ -43,6 +43,7 @@ def write_stamps(path: Path, stamps: NDArray[np.float32]) -> None:
             shards=(rows, *stamps.shape[1:]),
             compressors=BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle", typesize=stamps.itemsize),
             fill_value=np.nan,
+            chunk_key_encoding={"name": "default", "separator": "."},  # no folders in the folder
             dimension_names=("candidate", "plane", "y", "x"),
             attributes={"planes": list(_PLANES), "unit": "file unit of new"},
         )

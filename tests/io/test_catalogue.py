@@ -11,21 +11,12 @@ import pytest
 
 from batchproc import open_catalogue, open_stamps
 from batchproc.errors import RunMismatchError, UsageError
-from batchproc.io.catalogue import SCHEMA, read_part, scored_images, write_part, write_scores
-from batchproc.io.progress import mark_done
-from batchproc.io.stamps import write_stamps
+from batchproc.io.catalogue import SCHEMA, make_rows, read_part, scored_images, write_part, write_scores
 from batchproc.records import CATALOGUE
 from tests import _runs
 
 MODEL = SimpleNamespace(name="cnn", version="1.2", hash="abc123", normalisation="noise", classes=("real",))
 THREE = SimpleNamespace(name="kinds", version="1", hash="def", normalisation="none", classes=("a", "b", "c"))
-
-
-def finish(folder, image_id, n):
-    made = _runs.result(image_id, n)
-    write_part(folder.catalogue_part(image_id), made.catalogue)
-    write_stamps(folder.stamps_part(image_id), made.stamps)
-    mark_done(folder, made.receipt, "digest")
 
 
 def score(folder, image_id, values, model=MODEL):
@@ -38,10 +29,10 @@ def score(folder, image_id, values, model=MODEL):
 @pytest.fixture
 def folder(tmp_path):
     folder = _runs.begin(tmp_path / "run", "z", "none", "a", "unfinished")
-    finish(folder, "a", 4)
-    finish(folder, "none", 0)
-    finish(folder, "z", 3)
-    write_part(folder.catalogue_part("unfinished"), _runs.result("unfinished", 5).catalogue)
+    _runs.store(folder, "a", 4)
+    _runs.store(folder, "none", 0)
+    _runs.store(folder, "z", 3)
+    write_part(folder.catalogue_part("unfinished"), make_rows(_runs.result("unfinished", 5).catalogue))
     return folder
 
 
@@ -157,7 +148,7 @@ def test_a_run_without_candidates_keeps_its_types(tmp_path):
     """No rows, and still every column with its dtype: code that works on a catalogue works on an empty one."""
     folder = _runs.begin(tmp_path / "run", "a")
     empty = open_catalogue(folder.path)
-    finish(folder, "a", 0)
+    _runs.store(folder, "a", 0)
     for frame in (empty, open_catalogue(folder.path)):
         assert len(frame) == 0
         assert frame["flux"].dtype == np.float64

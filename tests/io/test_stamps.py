@@ -10,24 +10,15 @@ from hypothesis import strategies as st
 
 from batchproc import open_stamps
 from batchproc.errors import UsageError
-from batchproc.io.progress import mark_done
 from batchproc.io.stamps import CHUNK_ROWS, read_stamps, write_stamps
 from tests import _runs
-
-
-def finish(folder, image_id, n):
-    """What a task does."""
-    made = _runs.result(image_id, n)
-    write_stamps(folder.stamps_part(image_id), made.stamps)
-    mark_done(folder, made.receipt, "digest")
-    return made.stamps
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of five images, one without candidates, one unfinished; and all its stamps in order."""
     folder = _runs.begin(tmp_path_factory.mktemp("run"), "c", "empty", "a/1", "unfinished", "b")
-    stamps = [finish(folder, name, n) for name, n in (("b", 33), ("c", 5), ("empty", 0), ("a/1", 64))]
+    stamps = [_runs.store(folder, name, n).stamps for name, n in (("b", 33), ("c", 5), ("empty", 0), ("a/1", 64))]
     write_stamps(folder.stamps_part("unfinished"), stamps[0])
     return folder.path, np.concatenate([stamps[1], stamps[3], stamps[0]])
 
