@@ -23,6 +23,7 @@ FLOORS = {
     "display": 5,
     "explore": 5,
     "report": 5,
+    "finish": 5,
     "job": 5,
     "completeness": 5,
     "demo": 5,
