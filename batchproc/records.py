@@ -195,7 +195,7 @@ class Difference:
         return min(self.kernels, key=outside)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ManifestEntry:
     """One row of a manifest. Paths are absolute; ``None`` means: take it from the header, or measure it."""
 

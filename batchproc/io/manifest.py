@@ -17,9 +17,12 @@ import json
 import logging
 import math
 import os
+import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,7 @@ PATHS = ("new_mask", "new_psf", "new_variance")
 PATH_LISTS = ("ref_mask", "ref_psf", "ref_variance")
 NUMBERS = {"gain": "positive", "read_noise": "not negative", "saturation": "positive", "mjd": "15000 to 120000"}
 _MAX_ID = 200
+_BATCH_ROWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,7 @@ def write_manifest(table: pd.DataFrame | Sequence[ManifestEntry], path: str | Pa
 
 def entry_digest(entry: ManifestEntry) -> str:
     """Hash of everything that a manifest says of one image; the same for an entry that was written and read again."""
-    values = [_as_read(name, value) for name, value in vars(entry).items()]
+    values = [_as_read(name, getattr(entry, name)) for name in COLUMNS]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
@@ -187,35 +191,33 @@ Row = tuple[int, ManifestEntry]
 
 def _parse(path: Path) -> tuple[list[Row], list[Problem]]:
     """Good rows, and what is wrong with the others; raises ManifestError where there is no table at all."""
-    table = _read_table(path)
-    missing = [name for name in REQUIRED if name not in table]
-    if missing:
-        raise ManifestError(
-            f"{path}: no column {', '.join(missing)}; found {', '.join(table) or 'none'}. "
-            f"A manifest needs {', '.join(REQUIRED)}."
-        )
-    length = len(table["image_id"])
-    if length == 0:
-        raise ManifestError(f"{path}: no rows; a manifest has one row for each image")
-    problems = _unknown_columns(table)
-    folder = Path(os.path.abspath(path)).parent
-    counts = Counter(_text(value) for value in table["image_id"])
+    folder = os.path.dirname(os.path.abspath(path))
+    problems: list[Problem] = []
+    ids: Counter[str] = Counter()
     rows: list[Row] = []
-    for number, values in enumerate(zip(*(table[name] for name in table), strict=True), 1):
-        row = dict(zip(table, values, strict=True))
-        wrong: list[str] = []
-        image_id = _text(row["image_id"])
-        if counts[image_id] > 1 and image_id:
-            wrong.append(f"image_id {image_id!r} is there {counts[image_id]} times; it must be unique")
-        entry = _entry(row, image_id, folder, wrong)
-        problems += [Problem("error", message, number, image_id) for message in wrong]
-        if not wrong:
-            rows.append((number, entry))
+    numbers = count(1)
+    for part, table in enumerate(_read_tables(path)):
+        if part == 0:
+            problems += _check_columns(path, table)
+        for values, number in zip(zip(*table.values(), strict=True), numbers, strict=False):
+            wrong: list[str] = []
+            entry = _entry(dict(zip(table, values, strict=True)), folder, wrong)
+            ids[entry.image_id] += 1
+            problems += [Problem("error", message, number, entry.image_id) for message in wrong]
+            if not wrong:
+                rows.append((number, entry))
+    if not ids:
+        raise ManifestError(f"{path}: no rows; a manifest has one row for each image")
+    for number, entry in rows if len(ids) < ids.total() else ():
+        if ids[entry.image_id] > 1:
+            message = f"image_id {entry.image_id!r} is there {ids[entry.image_id]} times; it must be unique"
+            problems.append(Problem("error", message, number, entry.image_id))
     problems += _repeated_images(rows)
-    return rows, problems
+    return rows, sorted(problems, key=lambda problem: problem.row or 0)
 
 
-def _entry(row: Mapping[str, Any], image_id: str, folder: Path, wrong: list[str]) -> ManifestEntry:
+def _entry(row: Mapping[str, Any], folder: str, wrong: list[str]) -> ManifestEntry:
+    image_id = _text(row["image_id"])
     if not image_id:
         wrong.append("image_id is empty")
     elif len(image_id) > _MAX_ID or not image_id.isprintable():
@@ -224,12 +226,14 @@ def _entry(row: Mapping[str, Any], image_id: str, folder: Path, wrong: list[str]
     for name, found in paths.items():
         if len(found) > 1:
             wrong.append(f"{name} has {len(found)} paths; expected one")
-    refs = tuple(path for path in _paths(row["ref"], folder) if path)
+    refs = _shared_paths(row["ref"], folder)
+    if "" in refs:
+        refs = tuple(path for path in refs if path)
     if not paths["new"]:
         wrong.append("new is empty")
     if not refs:
         wrong.append("ref is empty")
-    planes = {name: _paths(row.get(name), folder) for name in PATH_LISTS}
+    planes = {name: _shared_paths(row.get(name), folder) for name in PATH_LISTS}
     for name, found in planes.items():
         if found and len(found) != len(refs):
             wrong.append(f"{name} has {len(found)} paths for {len(refs)} references; expected one for each")
@@ -242,19 +246,23 @@ def _entry(row: Mapping[str, Any], image_id: str, folder: Path, wrong: list[str]
         ref=refs,
         **{name: next(iter(paths[name]), None) for name in PATHS},  # type: ignore[arg-type]
         **planes,  # type: ignore[arg-type]
-        **{name: _text(row.get(name)) or None for name in TEXTS},  # type: ignore[arg-type]
+        **{name: sys.intern(_text(row.get(name))) or None for name in TEXTS},  # type: ignore[arg-type]
         **{name: _number(name, row.get(name), wrong) for name in NUMBERS},  # type: ignore[arg-type]
     )
 
 
-def _paths(value: Any, folder: Path) -> tuple[str, ...]:
+def _paths(value: Any, folder: str) -> tuple[str, ...]:
     text = _text(value)
-    parts = tuple(part.strip() for part in text.split(";")) if text else ()
+    parts = (part.strip() for part in text.split(";")) if text else ()
     return tuple(_absolute(part, folder) if part else "" for part in parts)
 
 
-def _absolute(path: str, folder: Path) -> str:
-    return path if "://" in path else os.path.normpath(folder / os.path.expanduser(path))
+#: The images of a field share their references: one tuple for all of them, so that a million entries stay small.
+_shared_paths = lru_cache(100_000)(_paths)
+
+
+def _absolute(path: str, folder: str) -> str:
+    return path if "://" in path else os.path.normpath(os.path.join(folder, os.path.expanduser(path)))
 
 
 def _text(value: Any) -> str:
@@ -276,6 +284,16 @@ def _number(name: str, value: Any, wrong: list[str]) -> float | None:
     if not (math.isfinite(number) and allowed):
         wrong.append(f"{name} = {text!r}: expected a number, {NUMBERS[name]}")
     return number
+
+
+def _check_columns(path: Path, table: Mapping[str, Any]) -> list[Problem]:
+    missing = [name for name in REQUIRED if name not in table]
+    if missing:
+        raise ManifestError(
+            f"{path}: no column {', '.join(missing)}; found {', '.join(table) or 'none'}. "
+            f"A manifest needs {', '.join(REQUIRED)}."
+        )
+    return _unknown_columns(table)
 
 
 def _unknown_columns(table: Mapping[str, Any]) -> list[Problem]:
@@ -304,21 +322,27 @@ def _repeated_images(rows: Sequence[Row]) -> list[Problem]:
 # ---- reading and writing
 
 
-def _read_table(path: Path) -> dict[str, list[Any]]:
-    """Columns of the table by name."""
+def _read_tables(path: Path) -> Iterator[dict[str, list[Any]]]:
+    """Columns of the table by name, at least once; a long Parquet file a piece at a time."""
     suffix = path.suffix.lower()
     try:
         if suffix == ".csv":
-            return _read_csv(path)
+            yield _read_csv(path)
+            return
         if suffix == ".ecsv":
             from astropy.table import Table
 
             table = Table.read(path, format="ascii.ecsv")
-            return {name: [None if v is None else v for v in table[name].tolist()] for name in table.colnames}
+            yield {name: [None if v is None else v for v in table[name].tolist()] for name in table.colnames}
+            return
         if suffix in (".parquet", ".pq"):
             import pyarrow.parquet as pq
 
-            return pq.read_table(path).to_pydict()  # type: ignore[no-any-return]
+            with pq.ParquetFile(path) as file:
+                yield file.schema_arrow.empty_table().to_pydict()
+                for batch in file.iter_batches(_BATCH_ROWS):
+                    yield batch.to_pydict()
+            return
     except FileNotFoundError:
         raise ManifestError(f"{path}: no such file") from None
     except OSError as error:
