@@ -33,6 +33,7 @@ from batchproc.imaging.stars import Stars, find_stars
 from batchproc.imaging.subtract import MapTiles, subtract
 from batchproc.imaging.variance import source_variance
 from batchproc.io.images import read_new, read_refs
+from batchproc.io.wcs import pixel_scale_arcsec
 from batchproc.records import CATALOGUE, Difference, Exposure, ManifestEntry, MaskBit, PsfLike, Receipt
 
 __all__ = ["ImageResult", "process_image"]
@@ -193,7 +194,10 @@ def subtract_exposures(
     catalogue = _catalogue(candidates, new, aligned, psf, psf_ref, ratio, image_id)
     quality = {
         "shape": list(new.shape),
-        "filter": new.meta.get("filter") or "",
+        **{name: new.meta.get(name) or "" for name in ("filter", "exposure_id", "ccd")},
+        "mjd": new.meta.get("mjd", np.nan),
+        "gain": new.gain,
+        "pixel_scale": np.nan if new.wcs is None else pixel_scale_arcsec(new.wcs),
         "align_method": aligned.method,
         "n_matches": aligned.n_matches,
         "registration_rms_x": registration[0],

@@ -18,6 +18,7 @@ import click
 import batchproc
 from batchproc.cli.common import INTERRUPTED, InOrder, complain, example
 from batchproc.cli.evaluation import evaluate
+from batchproc.cli.finish import finish
 from batchproc.cli.manifests import manifest
 from batchproc.cli.models import models
 from batchproc.cli.running import classify, demo, report, retry, run, status
@@ -66,5 +67,5 @@ def cli() -> None:
     """Find what changed in the sky: image subtraction, detection and classification of whole surveys."""
 
 
-for _verb in (demo, manifest, run, status, retry, report, classify, models, evaluate):
+for _verb in (demo, manifest, run, status, retry, report, classify, finish, models, evaluate):
     cli.add_command(_verb)

@@ -26,33 +26,14 @@ from numpy.typing import NDArray
 from batchproc.finish import hats_format
 from batchproc.finish.rows import frozen_scores, read_rows, read_scored_rows, scored_schema
 from batchproc.finish.sky import HISTOGRAM_ORDER, INDEX_ORDER, Cell, cell_of, partition, spatial_index
-from batchproc.finish.work import Job
+from batchproc.finish.work import Group, Job
 from batchproc.io.atomic import rename, replacing, write_text
 
-__all__ = ["ROWS", "Group", "Piece", "histogram", "merge", "plan_partitions", "publish", "split"]
+__all__ = ["ROWS", "Piece", "histogram", "merge", "plan_partitions", "publish", "split"]
 
-#: The most rows of a partition, and about those of a group: 200 MB in memory.
+#: The most rows of a partition.
 ROWS = 500_000
 _TO_HISTOGRAM = 2 * (INDEX_ORDER - HISTOGRAM_ORDER)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Whole images that one task reads: the rows ``[first, last)`` of the run."""
-
-    number: int
-    first: int
-    last: int
-
-    @property
-    def histogram(self) -> str:
-        """Its file of `histogram`."""
-        return f"histogram-{self.number:06d}.npz"
-
-    @property
-    def split(self) -> str:
-        """Its file of `split`."""
-        return f"split-{self.number:06d}.arrow"
 
 
 @dataclass(frozen=True)

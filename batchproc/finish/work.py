@@ -26,7 +26,10 @@ from batchproc.io.atomic import remove, replacing
 from batchproc.io.progress import Index
 from batchproc.io.run_folder import RunFolder
 
-__all__ = ["Images", "Job", "carry_out", "digest", "groups_of", "work_folder"]
+__all__ = ["GROUP_ROWS", "Group", "Images", "Job", "carry_out", "digest", "groups_of", "work_folder"]
+
+#: About the rows of a group: 200 MB in memory, with all columns.
+GROUP_ROWS = 500_000
 
 Item = TypeVar("Item")
 
@@ -71,6 +74,8 @@ class Job:
     ----------
     run, work : str
         The run folder, and the product's own folder in it (`work_folder`).
+    inputs : str
+        Digest of what the product is made from.
     threads : int
         For every library of a worker.
     here : bool
@@ -79,6 +84,7 @@ class Job:
 
     run: str
     work: str
+    inputs: str
     threads: int = 1
     here: bool = False
 
@@ -124,6 +130,30 @@ def _prepare(threads: int) -> None:
     pa.set_cpu_count(threads)
 
 
+@dataclass(frozen=True)
+class Group:
+    """Whole images that one task reads: the rows ``[first, last)`` of the run; and the files that tasks make of it."""
+
+    number: int
+    first: int
+    last: int
+
+    @property
+    def histogram(self) -> str:
+        """Its rows on the sky, counted."""
+        return f"histogram-{self.number:06d}.npz"
+
+    @property
+    def split(self) -> str:
+        """Its rows, by partition."""
+        return f"split-{self.number:06d}.arrow"
+
+    @property
+    def counts(self) -> str:
+        """The candidates of each image, counted."""
+        return f"counts-{self.number:06d}.npz"
+
+
 def work_folder(folder: RunFolder, product: str, inputs: str) -> Path:
     """Where the unfinished work on a product lies; what was begun from other inputs is removed."""
     path = folder.path / "finishing" / f"{product}-{inputs}"
@@ -134,15 +164,15 @@ def work_folder(folder: RunFolder, product: str, inputs: str) -> Path:
     return path
 
 
-def groups_of(index: Index, rows: int) -> list[tuple[int, int]]:
-    """Rows of the run in groups ``[first, last)`` of whole images with about so many rows each."""
+def groups_of(index: Index, rows: int) -> list[Group]:
+    """All images in groups with about so many rows each."""
     cuts = [0]
     for end in index.offsets[1:].tolist():
         if end - cuts[-1] >= rows:
             cuts.append(end)
     if cuts[-1] < len(index):
         cuts.append(len(index))
-    return list(pairwise(cuts))
+    return [Group(number, *span) for number, span in enumerate(pairwise(cuts))]
 
 
 def carry_out(
