@@ -7,16 +7,18 @@ another machine reaches them, but other users of this machine could.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from batchproc.distribute.executors import DaskExecutor, Executor, SerialExecutor
-from batchproc.distribute.sites import Certificates, Site, load_site
+from batchproc.distribute.sites import Site, load_site
 from batchproc.distribute.threads import limit_threads, thread_environment
+from batchproc.distribute.tls import security_of
 from batchproc.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,6 +35,9 @@ _DASK = {
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.terminate": 0.95,
+    # What the live page keeps of each task, and a look at every thread a hundred times a second, are not for free.
+    "distributed.scheduler.dashboard.tasks.task-stream-length": 5000,
+    "distributed.worker.profile.enabled": False,
 }
 
 #: Seconds after which a local cluster that has lost all its processes is given up.
@@ -83,6 +88,16 @@ class Where:
             return Site(system="address", address=self.cluster)
         return load_site(self.cluster)
 
+    def jobs(self, site: Site, threads: int, tasks: int) -> tuple[int, int]:
+        """The least and the most jobs of a batch system; no more than there are tasks for."""
+        least = site.min_jobs if self.min_jobs is None else self.min_jobs
+        most = max(least, site.max_jobs) if self.max_jobs is None else self.max_jobs
+        if self.workers:
+            least = most = min(most, self.workers) if self.max_jobs else self.workers
+        processes = site.processes(threads)
+        enough = max(1, math.ceil(tasks / processes))
+        return min(least, most, enough), min(most, enough)
+
     def check(self) -> None:
         """Raise `UsageError` for what `open_executor` would refuse; connects to nothing."""
         self.site()
@@ -126,9 +141,13 @@ def open_executor(
         if site is None:
             client = stack.enter_context(_local_client(where.workers, threads, tasks, large))
             executor = DaskExecutor(client, patience=_PATIENCE_S)
+        elif site.system == "address":
+            executor = DaskExecutor(stack.enter_context(_remote_client(site)))
         else:
-            client = stack.enter_context(_remote_client(site))
-            executor = DaskExecutor(client, resources=tuple(site.resources))
+            executor = DaskExecutor(
+                stack.enter_context(_job_client(site, where.jobs(site, threads, tasks), threads, folder)),
+                resources=tuple(site.resources),
+            )
         if where.performance_report is not None:
             from distributed import performance_report
 
@@ -199,11 +218,19 @@ def _local_client(workers: int | None, threads: int, tasks: int, large: int | No
 
 
 @contextmanager
+def _job_client(site: Site, jobs: tuple[int, int], threads: int, folder: Path | None) -> Iterator[Client]:
+    from batchproc.distribute.jobs import open_jobs
+
+    with open_jobs(site, threads, jobs, folder or Path.home() / ".batchproc", _DASK) as client:
+        yield client
+
+
+@contextmanager
 def _remote_client(site: Site) -> Iterator[Client]:
     from distributed import Client
 
     try:
-        client = Client(site.address, timeout=10, security=_security(site.certificates))
+        client = Client(site.address, timeout=10, security=security_of(site.certificates))
     except (OSError, ValueError, TypeError) as error:
         hint = "is it running?"
         if site.address.startswith("tls://") and not site.certificates:
@@ -214,18 +241,3 @@ def _remote_client(site: Site) -> Iterator[Client]:
         raise UsageError(f"no Dask scheduler answers at {site.address} ({error}); {hint}") from error
     with client:
         yield client
-
-
-def _security(certificates: Certificates) -> Any:
-    """What Dask makes of certificates; None (its own configuration) where there are none."""
-    if not certificates:
-        return None
-    from distributed.security import Security
-
-    ca, cert, key = certificates.ca, certificates.cert, certificates.key
-    roles = {
-        f"tls_{role}_{what}": path
-        for role in ("client", "scheduler", "worker")
-        for what, path in (("cert", cert), ("key", key))
-    }
-    return Security(tls_ca_file=ca, require_encryption=True, **roles)

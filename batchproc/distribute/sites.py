@@ -50,6 +50,16 @@ class DriverJob:
         _bytes(self.memory, "driver.memory")
         _require(self.cores >= 1, f"driver.cores = {self.cores}: must be at least 1")
 
+    @property
+    def walltime_s(self) -> int:
+        """Seconds that the job may take."""
+        return _seconds(self.walltime, "driver.walltime")
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of the job."""
+        return _bytes(self.memory, "driver.memory")
+
 
 @dataclass(frozen=True)
 class Certificates:
