@@ -24,9 +24,10 @@ from batchproc.distribute.tasks import Chunk
 from batchproc.errors import ModelError
 from batchproc.flow import process_image
 from batchproc.imaging.fft import frozen_wisdom
+from batchproc.io.freeze import check, complete_change, drop_strange, freeze
 from batchproc.io.manifest import read_manifest
 from batchproc.io.models import load_model
-from batchproc.io.progress import Status, drop_strange_markers, finished_images, gather, read_status
+from batchproc.io.progress import Status, finished_images, gather, read_status
 from batchproc.io.run_folder import RunFolder
 from batchproc.records import ManifestEntry
 from batchproc.report import write_report
@@ -101,6 +102,8 @@ def run(
     workers: int | None = None,
     spread: str | None = None,
     pilot: int | None = None,
+    extend: bool = False,
+    redo: bool = False,
     report: bool = True,
     max_bugs: int = 5,
     quiet: bool = False,
@@ -126,6 +129,11 @@ def run(
     pilot : int, optional
         Only so many of the missing images, spread over the manifest, to measure them. The exit code is then that of
         what was asked for: 0 though images are missing.
+    extend : bool
+        Accept a manifest with more images than the run was begun with.
+    redo : bool
+        Make the run what is asked for now, whatever it was begun with: images whose row or settings changed are done
+        again, the results of images that are no longer in the manifest are deleted.
     report : bool
         Write ``report.html`` at the end.
     max_bugs : int
@@ -148,7 +156,11 @@ def run(
     entries, settings = _entries(manifest), _spread(_settings(config, folder), spread)
     job = _Job(folder, settings, steps, _where(cluster, workers), report, max_bugs, quiet)
     with folder.locked():
-        folder.freeze(entries, settings, lambda: steps.wisdom(settings))
+        changes = freeze(
+            folder, entries, settings, lambda: steps.wisdom(settings), model=job.model, extend=extend, redo=redo
+        )
+        if changes:
+            say(f"changed: {changes.consequences()}", quiet=quiet)
         job.take_stock()
         tried = finished_images(folder)
         todo = [entry for entry in entries if entry.image_id not in tried]
@@ -222,12 +234,14 @@ def plan(
     *,
     config: Config | str | Path | None = None,
     spread: str | None = None,
+    extend: bool = False,
+    redo: bool = False,
 ) -> Plan:
     """What `run` would do; computes and writes nothing."""
     folder = RunFolder(Path(out))
     entries, settings = _entries(manifest), _spread(_settings(config, folder), spread)
     if folder.record.is_file():
-        folder.check(entries, settings)
+        check(folder, entries, settings, extend=extend, redo=redo)
     return plan_run(folder, entries, settings)
 
 
@@ -257,7 +271,8 @@ class _Job:
 
     def take_stock(self) -> None:
         """Bring the log up to what the markers say, without those of images that were done with other settings."""
-        n = drop_strange_markers(self.folder)
+        complete_change(self.folder)
+        n = drop_strange(self.folder)
         if n:
             say(f"{n} images were done with other settings: they count as missing", quiet=self.quiet)
         gather(self.folder)

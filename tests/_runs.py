@@ -15,6 +15,7 @@ import numpy as np
 
 from batchproc.config import Config
 from batchproc.errors import AlignError, ModelError
+from batchproc.io.freeze import freeze
 from batchproc.io.run_folder import RunFolder
 from batchproc.io.store import store_image
 from batchproc.records import CATALOGUE, ManifestEntry, Receipt
@@ -94,7 +95,7 @@ def as_configured(entry: ManifestEntry, config: Config) -> Result:
 
 def begin(path: Path, *names: str) -> RunFolder:
     folder = RunFolder(path)
-    folder.freeze(entries(*names), CONFIG, lambda: "")
+    freeze(folder, entries(*names), CONFIG, lambda: "")
     return folder
 
 

@@ -16,6 +16,7 @@ import pytest
 from batchproc.config import Config
 from batchproc.errors import UsageError
 from batchproc.io.catalogue import write_scores
+from batchproc.io.freeze import freeze
 from batchproc.io.progress import ReceiptLog, gather
 from batchproc.io.run_folder import RunFolder
 from batchproc.io.store import store_image
@@ -55,7 +56,7 @@ def make_run(path, candidates=(12, 7), failed=(), scores=False, size=15):
     ids = [f"im{i}" for i in range(len(candidates))]
     names = [*ids, *(receipt.image_id for receipt in failed)]
     entries = [ManifestEntry(image_id=name, new=f"/data/{name}.fits", ref=("/data/ref.fits",)) for name in names]
-    folder.freeze(entries, config, lambda: "")
+    freeze(folder, entries, config, lambda: "")
     tables = []
     with ReceiptLog(folder) as log:
         for number, (image_id, n) in enumerate(zip(ids, candidates, strict=True)):

@@ -54,6 +54,13 @@ def demo(out: Path, cluster: str, workers: int | None, quiet: bool) -> int:
 @click.option("--config", type=click.Path(path_type=Path), help="Settings; keys left out have their defaults.")
 @click.option("--dry-run", is_flag=True, help="Say what there is to do and compute nothing.")
 @click.option("--pilot", type=click.IntRange(1), metavar="N", help="Do N images, and say what the rest will take.")
+@click.option("--extend", is_flag=True, help="Accept a manifest with more images than the run was begun with.")
+@click.option(
+    "--redo",
+    is_flag=True,
+    help="Accept any other manifest and settings: images that this concerns are done again, and the results of images "
+    "that are not in the manifest any more are deleted. --dry-run says beforehand how many.",
+)
 @max_bugs_option
 @report_option
 @spread_option
@@ -64,6 +71,8 @@ def run(
     config: Path | None,
     dry_run: bool,
     pilot: int | None,
+    extend: bool,
+    redo: bool,
     max_bugs: int,
     no_report: bool,
     spread: str | None,
@@ -73,15 +82,21 @@ def run(
 ) -> int:
     """Process the images of a manifest; again on the same folder, what is missing of them.
 
-    Images that failed before are left to `batchproc retry`. Exit code 0: all done, or with --pilot what was asked for;
-    1: some images failed; 2: nothing was started; 3: a bug.
+    A run is what it was begun with: another manifest or other settings are refused with the difference, unless --extend
+    or --redo says that they are meant. Images that failed before are left to `batchproc retry`.
+
+    Exit code 0: all done, or with --pilot what was asked for; 1: some images failed; 2: nothing was started; 3: a bug.
     """
     settings = None if config is None else Config.from_toml(config)  # read once: it may be a pipe
     set_up(settings, cluster)
     from batchproc import job
 
     if dry_run:
-        click.echo(_tell_plan(job.plan(manifest, out, config=settings, spread=spread), cluster, workers))
+        click.echo(
+            _tell_plan(
+                job.plan(manifest, out, config=settings, spread=spread, extend=extend, redo=redo), cluster, workers
+            )
+        )
         return 0
     summary = job.run(
         manifest,
@@ -91,6 +106,8 @@ def run(
         workers=workers,
         spread=spread,
         pilot=pilot,
+        extend=extend,
+        redo=redo,
         report=not no_report,
         max_bugs=max_bugs,
         quiet=quiet,

@@ -4,10 +4,11 @@
 
     RUN/
       manifest.parquet  config.toml  fftw_wisdom    frozen: the entries, the effective settings, FFTW's plans
-      run.json                                      their digests and the version; written after them
+      run.json                                      their digests, software, model; written after them
+      next/                                         a change of these that is being carried out
       catalogue/IMAGE.parquet                       one part an image: its rows (`batchproc.io.catalogue`)
       stamps/IMAGE.zarr                             one store an image: its stamps (`batchproc.io.stamps`)
-      done/IMAGE.json                               its done-marker, written last (`batchproc.io.progress`)
+      done/IMAGE.json                               its done-marker, written last (`batchproc.io.markers`)
       log/  receipts.parquet  failures.parquet      what the tasks said (`batchproc.io.progress`)
       scores/MODEL/*.parquet                        one part a chunk of stamps (`batchproc.io.catalogue`)
       report.html
@@ -19,11 +20,10 @@ has the folder: see `RunFolder.locked`.
 from __future__ import annotations
 
 import json
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,12 @@ import pyarrow.parquet as pq
 import batchproc
 from batchproc.config import Config
 from batchproc.errors import RunMismatchError, UsageError
-from batchproc.io.atomic import part_name, remove_leftovers, replacing, write_text
+from batchproc.io.atomic import part_name, remove_leftovers, write_text
 from batchproc.io.lock import one_driver
-from batchproc.io.manifest import manifest_digest, read_manifest, write_manifest
+from batchproc.io.manifest import read_manifest
 from batchproc.records import ManifestEntry
 
 __all__ = ["RunFolder"]
-
-_SHOWN = 5  # differences named in an error
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,11 @@ class RunFolder:
     def wisdom_file(self) -> Path:
         """``fftw_wisdom``."""
         return self.path / "fftw_wisdom"
+
+    @property
+    def next(self) -> Path:
+        """``next/``: what will be frozen, while a change is carried out (`batchproc.io.freeze`)."""
+        return self.path / "next"
 
     @property
     def catalogue(self) -> Path:
@@ -144,40 +147,27 @@ class RunFolder:
         ids: list[str] = pq.read_table(self.manifest, columns=["image_id"])["image_id"].to_pylist()
         return ids
 
+    def entry_digests(self) -> dict[str, str]:
+        """Image id → `batchproc.io.manifest.entry_digest` of its row, in the manifest's order."""
+        table = pq.read_table(self.manifest, columns=["image_id", "entry_digest"])
+        return dict(zip(table["image_id"].to_pylist(), table["entry_digest"].to_pylist(), strict=True))
+
     def identity(self) -> str:
         """Tells the run from any other, also from one that had this path before it."""
-        record = self._read_record()
-        return f"{record['config_digest']}-{record.get('id', record['begun'])}"
+        record = self.read_record()
+        return f"{record['config_digest']}-{record['id']}"
 
     def config_digest(self) -> str:
-        """`Config.digest` of the settings that the run was begun with."""
-        return str(self._read_record()["config_digest"])
+        """`Config.digest` of the settings of the run."""
+        return str(self.read_record()["config_digest"])
+
+    def image_digest(self) -> str:
+        """`Config.image_digest` of the settings of the run."""
+        return str(self.read_record()["image_digest"])
 
     def version(self) -> str:
         """The version of batchproc that began the run."""
-        return str(self._read_record()["version"])
-
-    def freeze(self, entries: Sequence[ManifestEntry], config: Config, wisdom: Callable[[], str]) -> None:
-        """Begin a run, or make sure that this is a continuation of the run that was begun.
-
-        Parameters
-        ----------
-        entries : sequence of ManifestEntry
-        config : Config
-        wisdom : callable
-            Returns FFTW's wisdom as text; called once in the life of the run.
-
-        Raises
-        ------
-        RunMismatchError
-            The folder was begun with other images, settings or another batchproc; the message shows which.
-        UsageError
-            The folder holds something else.
-        """
-        if self.record.is_file():
-            self.check(entries, config)
-        else:
-            self._begin(entries, config, wisdom)
+        return str(self.read_record()["version"])
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -194,87 +184,46 @@ class RunFolder:
                 remove_leftovers(folder)
             yield
 
-    def _begin(self, entries: Sequence[ManifestEntry], config: Config, wisdom: Callable[[], str]) -> None:
-        strangers = [p.name for p in self.path.iterdir() if p.name not in _OWN] if self.path.is_dir() else []
-        if strangers:
-            raise UsageError(
-                f"{self.path}: holds {strangers[0]!r} and is no run folder; choose an empty or new folder for --out"
-            )
-        for folder in (self.path, self.catalogue, self.stamps, self.done, self.log):
-            folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.manifest) as temporary:
-            write_manifest(list(entries), temporary)
-        write_text(self.config_file, config.to_toml())
-        write_text(self.wisdom_file, wisdom())
-        record = {
-            "id": uuid.uuid4().hex,
-            "version": batchproc.__version__,
-            "begun": datetime.now(UTC).isoformat(timespec="seconds"),
-            "n_images": len(entries),
-            "manifest_digest": manifest_digest(entries),
-            "config_digest": config.digest,
-        }
-        write_text(self.record, json.dumps(record, indent=2) + "\n")
-
-    def check(self, entries: Sequence[ManifestEntry], config: Config) -> None:
-        """Raise `RunMismatchError` where the run was begun with other images, settings or another batchproc."""
-        self.check_version()
-        record = self._read_record()
-        if config.digest != record["config_digest"]:
-            changes = _config_changes(self.config(), config)
-            raise RunMismatchError(
-                f"{self.path} was begun with other settings: {_some(changes)}; use {self.config_file} again, "
-                "or another --out"
-            )
-        if manifest_digest(entries) != record["manifest_digest"]:
-            changes = _manifest_changes(self.entries(), entries)
-            raise RunMismatchError(
-                f"{self.path} was begun with other images: {_some(changes)}; use {self.manifest} again, "
-                "or another --out"
-            )
-
     def check_version(self) -> None:
-        """Raise `RunMismatchError` where another version of batchproc began the run: a run is all of one kind."""
+        """Raise `RunMismatchError` where another version of batchproc began the run: a run is all of one kind.
+
+        So is one whose settings are about to change.
+        """
         version = self.version()
         if version != batchproc.__version__:
             raise RunMismatchError(
                 f"{self.path} was begun with batchproc {version}, this is {batchproc.__version__}, which may give "
                 f"other values; begin a new run with another --out, or go on with this one under batchproc {version}"
             )
+        if self.next.is_dir():
+            raise RunMismatchError(
+                f"{self.path}: a change of its images or settings was accepted and stopped half way; first give the "
+                f"command again that made it (`batchproc run MANIFEST --out {self.path} --redo`)"
+            )
 
-    def _read_record(self) -> dict[str, Any]:
-        record: dict[str, Any] = json.loads(self.record.read_text())
-        return record
+    def read_record(self) -> dict[str, Any]:
+        """What ``run.json`` says: digests of what is frozen, software, model; see `batchproc.io.freeze`.
 
+        Raises
+        ------
+        UsageError
+            It is not what was written.
+        """
+        try:
+            record = json.loads(self.record.read_text())
+            digest = record.pop("digest", None)
+            another = digest is None and record["version"] != batchproc.__version__  # up to 0.2 without a digest
+        except (ValueError, AttributeError, KeyError) as error:
+            problem = f"is damaged ({type(error).__name__}: {error})"
+            raise UsageError(f"{self.record}: {problem}; `batchproc verify {self.path}` says more") from error
+        if digest != _digest(record) and not another:
+            raise UsageError(f"{self.record}: has been altered; `batchproc verify {self.path}` says more")
+        return dict(record)
 
-#: What a run folder may hold before `run.json` is in it (a driver was killed while it froze the run).
-#: The demo keeps its simulated night in there too, and anyone may put a truth table beside the catalogue.
-_OWN = {".lock", "manifest.parquet", "config.toml", "fftw_wisdom", "catalogue", "stamps", "done", "log"}
-_OWN |= {"night", "truth.parquet"}
-
-
-def _config_changes(old: Config, new: Config) -> list[str]:
-    before, after = _flat(old.to_dict()), _flat(new.to_dict())
-    return [f"{key} was {before[key]!r}, now {after[key]!r}" for key in before if before[key] != after[key]]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _manifest_changes(old: Sequence[ManifestEntry], new: Sequence[ManifestEntry]) -> list[str]:
-    before, after = ({entry.image_id: entry for entry in entries} for entries in (old, new))
-    changes = [f"{name} is gone" for name in before if name not in after]
-    changes += [f"{name} is new" for name in after if name not in before]
-    for name in before.keys() & after.keys():
-        was, now = vars(before[name]), vars(after[name])
-        changes += [f"{name}: {key} was {was[key]!r}, now {now[key]!r}" for key in was if was[key] != now[key]]
-    return sorted(changes)
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        """Write ``run.json``: the last of the frozen files, by which a run is one."""
+        write_text(self.record, json.dumps({**record, "digest": _digest(record)}, indent=2) + "\n")
 
 
-def _some(changes: list[str]) -> str:
-    more = f"; and {len(changes) - _SHOWN} more" if len(changes) > _SHOWN else ""
-    return "; ".join(changes[:_SHOWN]) + more
+def _digest(record: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:32]

@@ -46,6 +46,7 @@ def measure(entry: dict[str, Any], *, repeat: int = 2, profile: int = 0) -> dict
     from batchproc import flow
     from batchproc.config import Config
     from batchproc.distribute.tasks import Job, process_image
+    from batchproc.io.freeze import freeze
     from batchproc.io.run_folder import RunFolder
     from batchproc.job import Steps
 
@@ -63,7 +64,7 @@ def measure(entry: dict[str, Any], *, repeat: int = 2, profile: int = 0) -> dict
     with tempfile.TemporaryDirectory() as scratch, patch.object(flow, "Clock", _cpu_clock(flow.Clock, seen)):
         folder = RunFolder(Path(scratch) / "run")
         config = Config()
-        folder.freeze([as_entry(entry)], config, lambda: Steps().wisdom(config))
+        freeze(folder, [as_entry(entry)], config, lambda: Steps().wisdom(config))
         job = Job(str(folder.path), folder.identity())
 
         def once() -> dict[str, float]:

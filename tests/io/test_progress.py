@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from batchproc.config import Config
-from batchproc.errors import RunMismatchError, UsageError
+from batchproc.errors import UsageError
 from batchproc.io import atomic
 from batchproc.io.markers import Marker, write_marker
 from batchproc.io.progress import (
@@ -21,7 +20,6 @@ from batchproc.io.progress import (
     iter_receipts,
     read_status,
 )
-from batchproc.io.run_folder import RunFolder
 from batchproc.records import Receipt
 from tests import _runs
 
@@ -129,38 +127,6 @@ def test_strange_names_are_told_apart():
     names = [atomic.part_name(image_id) for image_id in ids]
     assert len(set(names)) == len(ids)
     assert all(not name.startswith(".") and "/" not in name and len(name.encode()) < 200 for name in names)
-
-
-def test_other_settings_or_images_are_refused_with_the_difference(folder):
-    """A run goes on only with what it began with; the message names what changed and what to do."""
-    images = _runs.entries("a", "b", "c", "d")
-    folder.freeze(images[::-1], replace(_runs.CONFIG, threads=4), lambda: pytest.fail("measured again"))
-    with pytest.raises(RunMismatchError, match=r"detect\.threshold was 5\.0, now 6\.0.*another --out"):
-        folder.freeze(images, Config.from_dict({**_runs.CONFIG.to_dict(), "detect": {"threshold": 6.0}}), str)
-    other = [replace(images[0], gain=2.0), *images[1:3], replace(images[3], image_id="e")]
-    with pytest.raises(RunMismatchError, match=r"a: gain was None, now 2\.0; d is gone; e is new"):
-        folder.freeze(other, _runs.CONFIG, str)
-
-
-def test_a_folder_with_other_things_in_it_is_refused(tmp_path):
-    """Nothing is written among a user's own files."""
-    (tmp_path / "thesis.tex").touch()
-    with pytest.raises(UsageError, match=r"thesis\.tex"):
-        _runs.begin(tmp_path, "a")
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_a_freeze_that_was_killed_is_begun_again(tmp_path):
-    """Without run.json nothing was frozen, whatever else lies there."""
-
-    def killed():
-        raise KeyboardInterrupt
-
-    folder = RunFolder(tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt):
-        folder.freeze(_runs.entries("a"), _runs.CONFIG, killed)
-    _runs.begin(folder.path, "b")
-    assert folder.image_ids() == ["b"]
 
 
 def test_one_driver_at_a_time(folder):
