@@ -24,12 +24,16 @@ from typing import Any, Self
 from batchproc.io.atomic import TEMPORARY
 from batchproc.io.run_folder import RunFolder
 
-__all__ = ["BEAT_S", "EventLog", "NullEvents", "events_file", "heartbeat_file", "read_events", "read_heartbeat"]
+__all__ = ["BEAT_S", "FINISHED", "EventLog", "NullEvents", "events_file", "heartbeat_file", "read_events", "read_heartbeat"]
 
 #: The heartbeat is replaced so often at most, seconds; a driver that works never lets it grow much older.
 BEAT_S = 10.0
 _FLUSH_S = 1.0
 _FLUSH_BYTES = 2**16
+
+#: Events with which an image ends, until somebody tries it again.
+FINISHED = ("image_done", "image_failed", "image_bug")
+_FROM_BEGIN = ("command", "cluster", "to_do", "dashboard")  # of run_begun, in every heartbeat
 
 #: Under what name a queue tells a job its number.
 _BATCH_JOB = {"SLURM_JOB_ID": "Slurm", "PBS_JOBID": "PBS", "LSB_JOBID": "LSF"}
@@ -92,14 +96,21 @@ class EventLog(NullEvents):
         self._bytes = 0
         self._flushed = time.monotonic()
         self._beaten = -math.inf
-        self._fields: dict[str, Any] = {**_driver(), "since": _now()}
+        self._fields: dict[str, Any] = {**_driver(), "since": _now(), "finished": 0}
         self._mine = threading.RLock()
         self._closed = threading.Event()
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append an event; fields are what JSON knows, and anything else as its text."""
+        """Append an event; fields are what JSON knows, and anything else as its text.
+
+        The heartbeat counts the images that have ended, and keeps what ``run_begun`` said there was to do.
+        """
         line = _json({"time": _now(), "event": event, **fields}).encode() + b"\n"
         with self._mine:
+            if event in FINISHED:
+                self._fields["finished"] += 1
+            elif event == "run_begun":
+                self._fields |= {key: fields[key] for key in _FROM_BEGIN if key in fields}
             self._lines.append(line)
             self._bytes += len(line)
             if time.monotonic() - self._flushed >= _FLUSH_S or self._bytes >= _FLUSH_BYTES:

@@ -106,6 +106,16 @@ def test_a_beat_between_two_is_free(folder: RunFolder) -> None:
     assert read_heartbeat(folder)["done"] == 2
 
 
+def test_the_heartbeat_knows_how_far_its_driver_is(folder: RunFolder) -> None:
+    """Images that ended are counted from the events, whoever writes them; what there was to do is kept."""
+    with EventLog(folder) as log:
+        log.write("run_begun", to_do=7, command="retry", images=100)
+        for event in ("image_done", "image_failed", "image_retried", "image_bug", "workers"):
+            log.write(event)
+    heart = read_heartbeat(folder)
+    assert (heart["to_do"], heart["finished"], heart["command"]) == (7, 3, "retry")
+
+
 def test_a_killed_driver_leaves_what_it_wrote(folder: RunFolder) -> None:
     """After a SIGKILL the log is readable, and the heartbeat does not claim that the driver left in order."""
     script = (
