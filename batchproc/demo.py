@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from batchproc.display import say
+from batchproc.distribute.clusters import Where
 from batchproc.io.night import simulate_night
 from batchproc.io.progress import iter_receipts
 from batchproc.io.run_folder import RunFolder
@@ -60,7 +61,7 @@ def run_demo(
     n_images: int = 8,
     size: int = 1024,
     seed: int = 0,
-    cluster: str = "local",
+    cluster: str | Where = "local",
     workers: int | None = None,
     quiet: bool = False,
 ) -> DemoResult:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from batchproc.config import Config
+
+if TYPE_CHECKING:
+    from batchproc.distribute.clusters import Where
 
 INTERRUPTED = 130  # as a shell says it: 128 + SIGINT
 
@@ -40,20 +44,56 @@ out_option = click.option(
 
 
 def where_to_run(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of every verb that computes."""
-    for option in (
+    """Options of every verb that computes: it is given a `Where`, and whether to be quiet."""
+
+    @functools.wraps(verb)
+    def told_where(
+        *arguments: Any,
+        cluster: str,
+        workers: int | None,
+        min_jobs: int | None,
+        max_jobs: int | None,
+        performance_report: Path | None,
+        **options: Any,
+    ) -> Any:
+        from batchproc.distribute.clusters import Where
+
+        where = Where(cluster, workers, min_jobs, max_jobs, performance_report)
+        where.check()
+        return verb(*arguments, where=where, **options)
+
+    options = (
         click.option("-q", "--quiet", is_flag=True, help="No progress."),
-        click.option("--workers", type=click.IntRange(1), help="Processes of a local cluster.  [default: one a core]"),
+        click.option(
+            "--performance-report",
+            type=click.Path(path_type=Path),
+            metavar="FILE.html",
+            help="Have Dask write what its workers did when.",
+        ),
+        click.option("--max-jobs", type=click.IntRange(1), metavar="N", help="Never more jobs.  [default: profile]"),
+        click.option(
+            "--min-jobs",
+            type=click.IntRange(0),
+            metavar="N",
+            help="Keep up so many jobs of a profile.  [default: profile]",
+        ),
+        click.option(
+            "--workers",
+            type=click.IntRange(1),
+            help="Worker processes: of a local cluster, one a core by default; of a profile, those of all its jobs.",
+        ),
         click.option(
             "--cluster",
             default="local",
             show_default=True,
-            metavar="local|serial|tcp://HOST:PORT",
-            help="Where to run; the results are the same.",
+            metavar="local|serial|PROFILE|tcp://HOST:PORT|tls://HOST:PORT",
+            help="Where to run; the results are the same. PROFILE is the name or path of a site profile (cluster/).",
         ),
-    ):
-        verb = option(verb)
-    return verb
+    )
+    decorated: Callable[..., Any] = told_where
+    for option in options:
+        decorated = option(decorated)
+    return decorated
 
 
 spread_option = click.option(
@@ -71,7 +111,7 @@ max_bugs_option = click.option(
 )
 
 
-def set_up(config: Config | None, cluster: str) -> None:
+def set_up(config: Config | None, where: Where) -> None:
     """Hold NumPy's and other libraries' threads to the configured number; before they are imported.
 
     A serial run works in this process, which is ours: then it keeps its memory as a worker does.
@@ -80,5 +120,5 @@ def set_up(config: Config | None, cluster: str) -> None:
     from batchproc.distribute.threads import thread_environment
 
     os.environ.update(thread_environment((config or Config()).threads))
-    if cluster == "serial":
+    if where.cluster == "serial":
         keep_freed_memory()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from batchproc.cli.common import INTERRUPTED, InOrder, complain, example, set_up, where_to_run
 from batchproc.config import Config
+
+if TYPE_CHECKING:
+    from batchproc.distribute.clusters import Where
 
 
 @click.group(cls=InOrder, epilog=example("batchproc evaluate completeness --images 10 --out evaluation"))
@@ -94,8 +97,7 @@ def evaluate_completeness(
     check: bool,
     as_json: bool,
     dry_run: bool,
-    cluster: str,
-    workers: int | None,
+    where: Where,
     quiet: bool,
     threshold: float | None,
     **options: Any,
@@ -107,19 +109,20 @@ def evaluate_completeness(
     if manifest is not None:
         _refuse_with_manifest("size", "seeing", "skies", "psf", "resampled")
     settings = Config() if config is None else Config.from_toml(config)
-    set_up(settings, cluster)
+    set_up(settings, where)
     from batchproc.completeness.campaign import Campaign
     from batchproc.completeness.evaluate import evaluate, plan
+    from batchproc.distribute.clusters import expected_workers
     from batchproc.io.manifest import read_manifest
 
     entries = None if manifest is None else read_manifest(manifest)
     threshold = settings.detect.threshold if threshold is None else threshold
     campaign = Campaign(config=settings, threshold=threshold, **options)
     if dry_run:
-        click.echo(plan(campaign, entries).text(1 if cluster == "serial" else workers))
+        click.echo(plan(campaign, entries).text(expected_workers(where, campaign.config.threads)))
         return 0
     try:
-        found = evaluate(campaign, out, entries=entries, cluster=cluster, workers=workers, quiet=quiet)
+        found = evaluate(campaign, out, entries=entries, cluster=where, quiet=quiet)
     except KeyboardInterrupt:
         complain("interrupted; nothing was written: the same command begins anew")
         return INTERRUPTED

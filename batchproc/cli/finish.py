@@ -11,6 +11,7 @@ from batchproc.cli.common import example, run_folder, set_up, where_to_run
 from batchproc.display import duration, size
 
 if TYPE_CHECKING:
+    from batchproc.distribute.clusters import Where
     from batchproc.finish import Product
 
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 )
 @click.option("--dry-run", is_flag=True, help="Say what there is to do and make nothing.")
 @where_to_run
-def finish(run: Path, only: tuple[str, ...], dry_run: bool, cluster: str, workers: int | None, quiet: bool) -> int:
+def finish(run: Path, only: tuple[str, ...], dry_run: bool, where: Where, quiet: bool) -> int:
     """Make what a run is handed on as: a catalogue cut by the sky, dense stamps, a summary of the focal planes.
 
     RUN/hats is for LSDB, has the scores, and needs the extra 'hats'; RUN/stamps.zarr has all stamps in the order of
@@ -34,8 +35,7 @@ def finish(run: Path, only: tuple[str, ...], dry_run: bool, cluster: str, worker
     any moment, the same command goes on. A product that is there and what the run holds now is left alone; after new
     images or scores it is made anew, all of it.
     """
-    set_up(None, cluster)
-    from batchproc.distribute.clusters import Where
+    set_up(None, where)
     from batchproc.finish import PRODUCTS, plan
     from batchproc.finish import finish as make
 
@@ -44,7 +44,7 @@ def finish(run: Path, only: tuple[str, ...], dry_run: bool, cluster: str, worker
         for product in plan(run, only=wanted):
             click.echo(_tell_plan(product))
         return 0
-    for product in make(run, only=wanted, where=Where(cluster, workers), quiet=quiet):
+    for product in make(run, only=wanted, where=where, quiet=quiet):
         click.echo(_tell(product))
     return 0
 

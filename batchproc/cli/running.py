@@ -24,6 +24,7 @@ from batchproc.config import Config
 from batchproc.display import duration, size
 
 if TYPE_CHECKING:
+    from batchproc.distribute.clusters import Where
     from batchproc.distribute.plan import Plan
     from batchproc.io.progress import Status
     from batchproc.job import RunSummary
@@ -32,12 +33,12 @@ if TYPE_CHECKING:
 @click.command(epilog=example("batchproc demo --out demo"))
 @click.option("--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder of the demo.")
 @where_to_run
-def demo(out: Path, cluster: str, workers: int | None, quiet: bool) -> int:
+def demo(out: Path, where: Where, quiet: bool) -> int:
     """Simulate a small night with known transients, find them, and say how many were found."""
-    set_up(Config(), cluster)
+    set_up(Config(), where)
     from batchproc.demo import run_demo
 
-    result = run_demo(out, cluster=cluster, workers=workers, quiet=quiet)
+    result = run_demo(out, cluster=where, quiet=quiet)
     click.echo(_tell_run(result.summary))
     click.echo(result.text())
     return result.summary.exit_code
@@ -76,8 +77,7 @@ def run(
     max_bugs: int,
     no_report: bool,
     spread: str | None,
-    cluster: str,
-    workers: int | None,
+    where: Where,
     quiet: bool,
 ) -> int:
     """Process the images of a manifest; again on the same folder, what is missing of them.
@@ -88,22 +88,17 @@ def run(
     Exit code 0: all done, or with --pilot what was asked for; 1: some images failed; 2: nothing was started; 3: a bug.
     """
     settings = None if config is None else Config.from_toml(config)  # read once: it may be a pipe
-    set_up(settings, cluster)
+    set_up(settings, where)
     from batchproc import job
 
     if dry_run:
-        click.echo(
-            _tell_plan(
-                job.plan(manifest, out, config=settings, spread=spread, extend=extend, redo=redo), cluster, workers
-            )
-        )
+        click.echo(_tell_plan(job.plan(manifest, out, config=settings, spread=spread, extend=extend, redo=redo), where))
         return 0
     summary = job.run(
         manifest,
         out,
         config=settings,
-        cluster=cluster,
-        workers=workers,
+        cluster=where,
         spread=spread,
         pilot=pilot,
         extend=extend,
@@ -114,7 +109,7 @@ def run(
     )
     click.echo(_tell_run(summary))
     if pilot is not None:
-        click.echo(_tell_plan(job.plan(manifest, out, config=settings, spread=spread), cluster, workers))
+        click.echo(_tell_plan(job.plan(manifest, out, config=settings, spread=spread), where))
     return summary.exit_code
 
 
@@ -137,21 +132,18 @@ def status(run: Path, as_json: bool) -> int:
 @report_option
 @spread_option
 @where_to_run
-def retry(
-    run: Path, max_bugs: int, no_report: bool, spread: str | None, cluster: str, workers: int | None, quiet: bool
-) -> int:
+def retry(run: Path, max_bugs: int, no_report: bool, spread: str | None, where: Where, quiet: bool) -> int:
     """Try the images of a run again that failed.
 
     Images that were never tried are left to `batchproc run`. Exit code 0: the run is all done; 1: images still fail or
     are missing; 2: nothing was started; 3: a bug.
     """
-    set_up(None, cluster)
+    set_up(None, where)
     from batchproc import job
 
     summary = job.retry(
         run,
-        cluster=cluster,
-        workers=workers,
+        cluster=where,
         spread=spread,
         report=not no_report,
         max_bugs=max_bugs,
@@ -176,12 +168,12 @@ def report(run: Path, truth: Path | None) -> int:
 @run_folder
 @click.option("--model", required=True, help="A bundled or added model (`batchproc models list`), or a folder.")
 @where_to_run
-def classify(run: Path, model: str, cluster: str, workers: int | None, quiet: bool) -> int:
+def classify(run: Path, model: str, where: Where, quiet: bool) -> int:
     """Score the candidates of a run with another model; nothing that is finished is rewritten."""
-    set_up(None, cluster)
+    set_up(None, where)
     from batchproc import job
 
-    n = job.classify(run, model, cluster=cluster, workers=workers, quiet=quiet)
+    n = job.classify(run, model, cluster=where, quiet=quiet)
     click.echo(f"{n} candidates scored" if n else "nothing to score: this model has scored all candidates")
     return 0
 
@@ -213,10 +205,10 @@ def _tell_status(status: Status) -> str:
     return "\n".join(lines)
 
 
-def _tell_plan(plan: Plan, cluster: str, workers: int | None) -> str:
-    from batchproc.distribute.clusters import local_workers
+def _tell_plan(plan: Plan, where: Where) -> str:
+    from batchproc.distribute.clusters import expected_workers
 
-    workers = 1 if cluster == "serial" else local_workers(workers, plan.threads)
+    workers = expected_workers(where, plan.threads)
     lines = [
         f"{plan.images} images: {plan.done} done, {plan.failed} failed before, {plan.missing} to do",
         f"to read: {size(plan.bytes_in)}; to write: about {size(plan.bytes_out)} in {plan.files_out} files",

@@ -18,7 +18,7 @@ from batchproc.completeness.real import real_sample, real_tasks
 from batchproc.completeness.sample import Sample
 from batchproc.completeness.verdicts import Summary, finite, summarise
 from batchproc.display import duration, say, show
-from batchproc.distribute.clusters import Where, local_workers, open_executor
+from batchproc.distribute.clusters import Where, expected_workers, open_executor
 from batchproc.distribute.executors import WorkerDiedError, sliding
 from batchproc.distribute.plan import image_pixels
 from batchproc.errors import ExposureError, UsageError
@@ -44,9 +44,9 @@ class Plan:
     cpu_seconds: float
     threads: int = 1
 
-    def text(self, workers: int | None) -> str:
+    def text(self, workers: int) -> str:
         """For people."""
-        workers = max(1, min(local_workers(workers, self.threads), self.images))
+        workers = max(1, min(workers, self.images))
         return (
             f"{self.images} pairs, {self.mpix:.3g} Mpix, {self.sources} sources to inject; "
             f"about {duration(self.cpu_seconds / workers)} on {workers} workers"
@@ -126,7 +126,7 @@ def evaluate(
     out: str | Path,
     *,
     entries: Sequence[ManifestEntry] | None = None,
-    cluster: str = "local",
+    cluster: str | Where = "local",
     workers: int | None = None,
     quiet: bool = False,
 ) -> Evaluation:
@@ -151,15 +151,16 @@ def evaluate(
     OSError
         The folder cannot be made; before anything is computed.
     """
-    Where(cluster, workers).check()
+    where = Where.of(cluster, workers)
+    where.check()
     planned = plan(campaign, entries)
-    say(planned.text(1 if cluster == "serial" else workers), quiet=quiet)
+    say(planned.text(expected_workers(where, planned.threads)), quiet=quiet)
     Path(out).mkdir(parents=True, exist_ok=True)  # before the work, which would be lost
     samples: dict[int, Sample] = {}
     failures: dict[int, str] = {}
     function: Callable[[Any], Sample] = simulated_sample if entries is None else real_sample
     tasks: Iterable[Any] = simulated_tasks(campaign) if entries is None else real_tasks(entries, campaign)
-    with open_executor(Where(cluster, workers), campaign.config.threads, planned.images) as executor:
+    with open_executor(where, campaign.config.threads, planned.images) as executor:
         outcomes = sliding(executor, function, tasks)
         for task, outcome in show(outcomes, planned.images, "images", quiet=quiet):
             if isinstance(outcome.error, ExposureError):

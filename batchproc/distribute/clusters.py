@@ -24,7 +24,7 @@ from batchproc.errors import UsageError
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["Where", "dashboard", "local_workers", "open_executor", "worker_memory"]
+__all__ = ["Where", "dashboard", "expected_workers", "local_workers", "open_executor", "worker_memory"]
 
 _DASK = {
     # The campaign itself gives a task a second chance, alone; and one task to a worker keeps blame from neighbours.
@@ -68,6 +68,11 @@ class Where:
     min_jobs: int | None = None
     max_jobs: int | None = None
     performance_report: str | Path | None = None
+
+    @classmethod
+    def of(cls, cluster: str | Where, workers: int | None = None) -> Where:
+        """What a caller said: a word and perhaps a number, or everything."""
+        return cluster if isinstance(cluster, Where) else cls(cluster, workers)
 
     @property
     def is_address(self) -> bool:
@@ -180,6 +185,18 @@ def local_workers(workers: int | None, threads: int) -> int:
     from dask.system import CPU_COUNT
 
     return max(1, workers or CPU_COUNT // threads)
+
+
+def expected_workers(where: Where, threads: int) -> int:
+    """How many images will be worked on at once, as far as one can know before; 1 for a scheduler's address."""
+    if where.cluster == "serial":
+        return 1
+    site = where.site()
+    if site is None:
+        return local_workers(where.workers, threads)
+    if site.system == "address":
+        return where.workers or 1
+    return where.jobs(site, threads, 10**9)[1] * site.processes(threads)
 
 
 def _local_processes(workers: int | None, threads: int, tasks: int) -> int:
