@@ -134,6 +134,18 @@ class RunFolder:
         """Done-marker of one image."""
         return self.done / f"{part_name(image_id)}.json"
 
+    def pack_catalogue(self, pack: str) -> Path:
+        """Rows of the images of a pack."""
+        return self.catalogue / f"{pack}.parquet"
+
+    def pack_stamps(self, pack: str) -> Path:
+        """Their stamps; absent where none of them has candidates."""
+        return self.stamps / f"{pack}.zarr"
+
+    def pack_marker(self, pack: str) -> Path:
+        """Their done-markers."""
+        return self.done / f"{pack}.parquet"
+
     def config(self) -> Config:
         """The settings of the run."""
         return Config.from_toml(self.config_file)
