@@ -6,8 +6,11 @@ another machine reaches them, but other users of this machine could.
 
 from __future__ import annotations
 
+import getpass
 import logging
 import math
+import os
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,7 +27,7 @@ from batchproc.errors import UsageError
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["Where", "dashboard", "expected_workers", "local_workers", "open_executor", "worker_memory"]
+__all__ = ["Where", "expected_workers", "local_workers", "open_executor", "watching", "worker_memory"]
 
 _DASK = {
     # The campaign itself gives a task a second chance, alone; and one task to a worker keeps blame from neighbours.
@@ -42,6 +45,10 @@ _DASK = {
 
 #: Seconds after which a local cluster that has lost all its processes is given up.
 _PATIENCE_S = 60.0
+
+
+#: Where batch systems say from which machine a job was submitted.
+_SUBMITTED_FROM = ("SLURM_SUBMIT_HOST", "PBS_O_HOST", "LSB_SUB_HOST")
 
 
 @dataclass(frozen=True)
@@ -175,9 +182,28 @@ def worker_memory(where: Where, threads: int = 1, tasks: int = 10**9, large: int
     return None if site.system == "address" else site.worker_memory(threads)
 
 
-def dashboard(executor: Executor) -> str | None:
-    """Address of the executor's live page; None where it has none."""
-    return getattr(getattr(executor, "client", None), "dashboard_link", None)
+def watching(where: Where, executor: Executor) -> str | None:
+    """How to see the live page, in words for people; None where there is none.
+
+    On a cluster the page is open to nobody but this machine (it asks for no password), so the way there is SSH.
+    """
+    client = getattr(executor, "client", None)
+    site = where.site()
+    if client is None:
+        return None
+    if site is None or site.system == "address":
+        return f"watch it at {client.dashboard_link}"
+    port = client.scheduler_info(n_workers=0)["services"].get("dashboard")
+    return None if port is None else f"watch it at http://127.0.0.1:{port}/status after: {_tunnel(site, port)}"
+
+
+def _tunnel(site: Site, port: int) -> str:
+    """The command by which a user's own machine reaches a page of this one."""
+    asked_from = next((os.environ[name] for name in _SUBMITTED_FROM if os.environ.get(name)), None)
+    entrance = site.login or asked_from
+    here = f"{getpass.getuser()}@{socket.gethostname()}"
+    jump = f"-J {entrance} " if entrance and entrance not in (here, socket.gethostname()) else ""
+    return f"ssh -N -L {port}:127.0.0.1:{port} {jump}{here}"
 
 
 def local_workers(workers: int | None, threads: int) -> int:
