@@ -19,9 +19,7 @@ from batchproc.distribute.threads import thread_environment
 from batchproc.distribute.tls import security_of
 from batchproc.errors import ClusterError, UsageError
 
-__all__ = ["INSTALL", "SYSTEMS", "BatchSystem", "driver_script", "submit", "worker_options", "worker_script"]
-
-INSTALL = "python -m pip install 'batchproc[hpc]'"
+__all__ = ["SYSTEMS", "BatchSystem", "driver_script", "submit", "worker_options", "worker_script"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class BatchSystem:
     unknown : str
         Regular expression: said of jobs that are gone.
     stop : str
-        Command that ends jobs.
+        Command that ends jobs by their ``{name}``.
     """
 
     name: str
@@ -57,7 +55,9 @@ class BatchSystem:
         try:
             import dask_jobqueue
         except ImportError as error:
-            raise UsageError(f"jobs on a queue need the package dask-jobqueue: {INSTALL}") from error
+            raise UsageError(
+                "jobs on a queue need the package dask-jobqueue: python -m pip install 'batchproc[hpc]'"
+            ) from error
         return getattr(dask_jobqueue, f"{self.name}Cluster")
 
     def status_command(self, ids: Iterable[str]) -> str:
@@ -79,13 +79,20 @@ SYSTEMS = {
         ",",
         "COMPLET.*|CANCELLED|FAILED|TIMEOUT|NODE_FAIL|PREEMPTED|BOOT_FAIL|DEADLINE|OUT_OF_MEMORY|REVOKED",
         "Invalid job id",
-        "scancel",
+        "scancel --name={name}",
     ),
     # The state is the last column but one; Torque keeps finished jobs in the list for a while.
     "pbs": BatchSystem(
-        "PBS", "qstat {ids} | awk '{{ print $1, $(NF-1) }}'", " ", "[CEFX]", "(?i)unknown job|has finished", "qdel"
+        "PBS",
+        "qstat {ids} | awk '{{ print $1, $(NF-1) }}'",
+        " ",
+        "[CEFX]",
+        "(?i)unknown job|has finished",
+        "qdel $(qselect -N {name})",
     ),
-    "lsf": BatchSystem("LSF", "bjobs -noheader -o 'jobid stat' {ids}", " ", "DONE|EXIT|ZOMBI", "is not found", "bkill"),
+    "lsf": BatchSystem(
+        "LSF", "bjobs -noheader -o 'jobid stat' {ids}", " ", "DONE|EXIT|ZOMBI", "is not found", "bkill -J {name}"
+    ),
 }
 
 

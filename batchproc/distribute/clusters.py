@@ -27,9 +27,10 @@ from batchproc.errors import UsageError
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["Where", "expected_workers", "local_workers", "open_executor", "watching", "worker_memory"]
+__all__ = ["DASK", "Where", "expected_workers", "local_workers", "open_executor", "watching", "worker_memory"]
 
-_DASK = {
+#: Dask's settings, wherever it is ours.
+DASK = {
     # The campaign itself gives a task a second chance, alone; and one task to a worker keeps blame from neighbours.
     "distributed.scheduler.allowed-failures": 0,
     "distributed.scheduler.worker-saturation": 1.0,
@@ -242,7 +243,7 @@ def _local_client(workers: int | None, threads: int, tasks: int, large: int | No
 
     processes = _local_processes(workers, threads, tasks)
     environment = dask.config.get("distributed.nanny.pre-spawn-environ", {}) | thread_environment(threads)
-    settings = _DASK | {"distributed.nanny.pre-spawn-environ": environment}
+    settings = DASK | {"distributed.nanny.pre-spawn-environ": environment}
     with dask.config.set(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is already in use", category=UserWarning)
         with (
@@ -264,7 +265,7 @@ def _local_client(workers: int | None, threads: int, tasks: int, large: int | No
 def _job_client(site: Site, jobs: tuple[int, int], threads: int, folder: Path | None) -> Iterator[Client]:
     from batchproc.distribute.jobs import open_jobs
 
-    with open_jobs(site, threads, jobs, folder or Path.home() / ".batchproc", _DASK) as client:
+    with open_jobs(site, threads, jobs, folder or Path.home() / ".batchproc", DASK) as client:
         yield client
 
 
