@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from batchproc import cli, config, records
+from batchproc.distribute import sites
 
 HERE = Path(__file__).parent
 MADE = "<!-- Made by docs/generate.py from {source}; change it there, then run `make docs`. -->"
@@ -61,6 +62,30 @@ def configuration() -> str:
         "```toml\nthreads = 1\n\n[detect]\nthreshold = 6.0\n```",
         table(("key", "default", "meaning"), top),
         *parts,
+    )
+
+
+def site_keys() -> str:
+    """Every key of a site profile."""
+    site = sites.Site()
+    parts = []
+    for title, cls, values in (
+        ("", sites.Site, site),
+        ("## `[driver]`", sites.DriverJob, site.driver),
+        ("## `[certificates]`", sites.Certificates, site.certificates),
+    ):
+        rows = [
+            (f"`{key}`", f"`{toml(getattr(values, key))}`", text)
+            for key, text in field_docs(cls).items()
+            if not dataclasses.is_dataclass(getattr(values, key))
+        ]
+        parts += [title, inspect.cleandoc(cls.__doc__ or ""), table(("key", "default", "meaning"), rows)]
+    return page(
+        "Keys of a site profile",
+        "batchproc/distribute/sites.py",
+        "An unknown key, a wrong type or a value out of range is refused before anything starts. What must be given is "
+        "said; all else may be left out.",
+        *filter(None, parts),
     )
 
 
@@ -141,6 +166,8 @@ def toml(value: Any) -> str:
     """A default as one writes it in TOML."""
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, tuple):
+        return str(list(value))
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 
@@ -155,7 +182,12 @@ def page(title: str, source: str, *parts: str) -> str:
     return "\n\n".join([f"# {title}", MADE.format(source=source), *parts]) + "\n"
 
 
-PAGES = {"catalogue.md": catalogue, "cli.md": command_line, "configuration.md": configuration}
+PAGES = {
+    "catalogue.md": catalogue,
+    "cli.md": command_line,
+    "configuration.md": configuration,
+    "../cluster/keys.md": site_keys,
+}
 
 
 def main(arguments: list[str]) -> int:
