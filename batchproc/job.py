@@ -11,43 +11,70 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from batchproc.config import Config
 from batchproc.display import say, show
-from batchproc.distribute.campaign import classify_chunks, plan_chunks, process_images
-from batchproc.distribute.clusters import Where, dashboard, local_workers, open_executor
+from batchproc.distribute.campaign import process_images
+from batchproc.distribute.clusters import Where, local_workers, open_executor, watching, worker_memory
 from batchproc.distribute.executors import Executor, WorkerDiedError
-from batchproc.distribute.plan import Plan, choose_spread, evenly, image_pixels, images_at_once, plan_run
+from batchproc.distribute.plan import Plan, choose_spread, evenly, images_at_once, largest_need, plan_run
+from batchproc.distribute.prediction import check_memory
+from batchproc.distribute.scoring import classify_chunks, plan_chunks
+from batchproc.distribute.signals import leaving_in_order
 from batchproc.distribute.tasks import Chunk
-from batchproc.errors import ModelError
-from batchproc.flow import process_image
-from batchproc.imaging.fft import frozen_wisdom
+from batchproc.errors import ClusterError, ModelError, StorageError, UsageError
+from batchproc.io.events import EventLog, NullEvents
 from batchproc.io.freeze import check, complete_change, drop_strange, freeze
 from batchproc.io.manifest import read_manifest
-from batchproc.io.models import load_model
 from batchproc.io.progress import Status, finished_images, gather, read_status
 from batchproc.io.run_folder import RunFolder
 from batchproc.records import ManifestEntry
-from batchproc.report import write_report
 
 __all__ = ["RunSummary", "Steps", "classify", "plan", "retry", "run"]
 
 
+# The driver needs none of the numerics: where they are called, they are imported.
+
+
+def _process(entry: ManifestEntry, config: Config, **options: Any) -> Any:
+    from batchproc.flow import process_image
+
+    return process_image(entry, config, **options)
+
+
+def _model(name: str, threads: int, device: str = "cpu") -> Any:
+    from batchproc.io.models import CPU, load_model
+
+    providers = {"cpu": CPU, "gpu": "CUDAExecutionProvider"}
+    if device not in providers:
+        raise ModelError(f"classify.device = {device!r}: ONNX models run on cpu or gpu; there is no model for {device}")
+    return load_model(name, threads, provider=providers[device])
+
+
 def _wisdom(config: Config) -> str:
     """FFTW's plans, kept with the run so that a later version of the package repeats its bytes."""
+    from batchproc.imaging.fft import frozen_wisdom
+
     return frozen_wisdom()
+
+
+def _report(folder: Path) -> Path:
+    from batchproc.report import write_report
+
+    return write_report(folder)
 
 
 @dataclass(frozen=True)
 class Steps:
     """The work behind a run; tests put stand-ins in its place (functions of a module: worker processes import them)."""
 
-    process: Callable[[ManifestEntry, Config], Any] = process_image
-    model: Callable[[str, int], Any] = load_model
+    process: Callable[..., Any] = _process
+    model: Callable[..., Any] = _model
     wisdom: Callable[[Config], str] = _wisdom
-    report: Callable[[Path], Path] = write_report
+    report: Callable[[Path], Path] = _report
 
 
 @dataclass(frozen=True)
@@ -66,7 +93,8 @@ class RunSummary:
         Too many bugs: images are missing that were not tried.
     report : Path or None
     problem : str
-        What went wrong after the images, in scoring and in the report; empty when nothing did.
+        What stopped the run (a full disk, no workers), or went wrong after the images, in scoring and in the report;
+        empty when nothing did.
     pilot : bool
         Only some of the missing images were asked for.
     """
@@ -87,7 +115,7 @@ class RunSummary:
 
     @property
     def exit_code(self) -> int:
-        """0 all done that was asked for; 1 finished, some images failed or were never tried; 3 a bug."""
+        """0 all done that was asked for; 1 finished, some images failed or were never tried; 3 a bug or a fault."""
         if self.stopped or self.problem or self.status.bugs:
             return 3
         return 1 if self.status.failed or self.left else 0
@@ -154,7 +182,7 @@ def run(
     """
     folder = RunFolder(Path(out))
     entries, settings = _entries(manifest), _spread(_settings(config, folder), spread)
-    job = _Job(folder, settings, steps, _where(cluster, workers), report, max_bugs, quiet)
+    job = _Job(folder, settings, steps, Where.of(cluster, workers), report, max_bugs, quiet)
     with folder.locked():
         changes = freeze(
             folder, entries, settings, lambda: steps.wisdom(settings), model=job.model, extend=extend, redo=redo
@@ -166,7 +194,7 @@ def run(
         todo = [entry for entry in entries if entry.image_id not in tried]
         if tried:
             say(f"{len(tried)} of {len(entries)} images were tried before; {len(todo)} are missing", quiet=quiet)
-        summary = job.carry_out(todo if pilot is None else evenly(todo, pilot))
+        summary = job.carry_out("run", todo if pilot is None else evenly(todo, pilot), len(entries))
         return replace(summary, pilot=pilot is not None)
 
 
@@ -184,13 +212,14 @@ def retry(
     """Try the images again that failed; arguments as for `run`, which is what does those that were never tried."""
     folder = RunFolder.existing(out)
     folder.check_version()
-    job = _Job(folder, _spread(folder.config(), spread), steps, _where(cluster, workers), report, max_bugs, quiet)
+    job = _Job(folder, _spread(folder.config(), spread), steps, Where.of(cluster, workers), report, max_bugs, quiet)
     with folder.locked():
         job.take_stock()
         failed = {image_id for image_id, status in finished_images(folder).items() if status != "done"}
-        todo = [entry for entry in folder.entries() if entry.image_id in failed]
+        entries = folder.entries()
+        todo = [entry for entry in entries if entry.image_id in failed]
         say(f"{len(todo)} images failed before and are tried again", quiet=quiet)
-        return job.carry_out(todo)
+        return job.carry_out("retry", todo, len(entries))
 
 
 def classify(
@@ -218,12 +247,12 @@ def classify(
     folder = RunFolder.existing(out)
     settings = folder.config()
     settings = replace(settings, classify=replace(settings.classify, model=model))
-    job = _Job(folder, settings, steps, _where(cluster, workers), report=False, max_bugs=0, quiet=quiet)
+    job = _Job(folder, settings, steps, Where.of(cluster, workers), report=False, max_bugs=0, quiet=quiet)
     with folder.locked():
         job.take_stock()
         chunks = job.unscored()
         if chunks:
-            with open_executor(Where(cluster, workers), settings.threads, len(chunks), folder=folder.log) as executor:
+            with EventLog(folder) as job.events, leaving_in_order(), job.place((), chunks) as executor:
                 job.score(chunks, executor)
     return sum(chunk.n_candidates for chunk in chunks)
 
@@ -240,9 +269,11 @@ def plan(
     """What `run` would do; computes and writes nothing."""
     folder = RunFolder(Path(out))
     entries, settings = _entries(manifest), _spread(_settings(config, folder), spread)
-    if folder.record.is_file():
-        check(folder, entries, settings, extend=extend, redo=redo)
-    return plan_run(folder, entries, settings)
+    if not folder.record.is_file():
+        return plan_run(folder, entries, settings)
+    changes = check(folder, entries, settings, extend=extend, redo=redo)
+    told = (changes.consequences(),) if changes else ()
+    return plan_run(folder, entries, settings, again=changes.again, changes=told)
 
 
 class _Job:
@@ -263,11 +294,13 @@ class _Job:
         quiet: bool,
     ) -> None:
         where.check()
-        self.folder, self.settings, self.steps = folder, settings, steps
-        self.where = where
+        self.folder, self.settings, self.steps, self.where = folder, settings, steps, where
         self.report, self.max_bugs, self.quiet = report, max_bugs, quiet
         name = settings.classify.model
-        self.model = steps.model(name, settings.threads) if name else None
+        self.model = steps.model(name, settings.threads, settings.classify.device) if name else None
+        self.events, self.pixels = NullEvents(), 0
+        self.ended: Counter[str] = Counter()
+        self.problems: list[str] = []
 
     def take_stock(self) -> None:
         """Bring the log up to what the markers say, without those of images that were done with other settings."""
@@ -277,61 +310,101 @@ class _Job:
             say(f"{n} images were done with other settings: they count as missing", quiet=self.quiet)
         gather(self.folder)
 
-    def carry_out(self, todo: Sequence[ManifestEntry]) -> RunSummary:
-        """Process images, score what is not scored, gather the log, report."""
+    def carry_out(self, command: str, todo: Sequence[ManifestEntry], images: int) -> RunSummary:
+        """Process images, score what is not scored, gather the log, report.
+
+        Parameters
+        ----------
+        command : str
+            The user's word for it.
+        todo : sequence of ManifestEntry
+        images : int
+            Of the whole run.
+        """
         start = time.monotonic()
-        receipts: Counter[str] = Counter()
-        scored, path = 0, None
-        problems: list[str] = []
+        scored, path, fault = 0, None, False
         chunks = self.unscored()
-        try:
-            if todo or chunks:
-                pixels = image_pixels(todo)
-                with self.executor(todo, chunks, pixels) as executor:
-                    if dashboard(executor):
-                        say(f"watch it at {dashboard(executor)}", quiet=self.quiet)
-                    spread = self.spread(todo, executor.workers, pixels)
-                    receipts = self.process(todo, executor, spread)
-                    if receipts["bug"] <= self.max_bugs:
-                        try:
-                            scored = self.score(self.unscored(), executor)
-                        except Exception as error:  # the images are done; what follows goes on without scores
-                            problems.append(_tell_scoring(error))
-        finally:
-            gather(self.folder)
-        if self.report:
+        place = self.place(todo, chunks)
+        with EventLog(self.folder) as self.events, leaving_in_order():
+            self.events.write("run_begun", images=images, to_do=len(todo), command=command, cluster=self.where.cluster)
+            self.events.beat(to_do=len(todo), done=0, failed=0)
+            reason = "interrupted"
             try:
-                path = self.steps.report(self.folder.path)
-            except Exception:
-                problems.append(traceback.format_exc())
+                if todo or chunks:
+                    with place as executor:
+                        scored = self.compute(todo, images, executor)
+                reason = "stopped" if self.stopped else "finished"
+            except (StorageError, ClusterError) as error:
+                self.problems.append(f"stopped: {error}")
+                self.events.write("stopped", reason=str(error))
+                reason, fault = "stopped", True
+            finally:
+                self.gather()
+                failed = self.ended["failed"] + self.ended["bug"]
+                self.events.write("run_ended", reason=reason, done=self.ended["done"], failed=failed)
+            if self.report and not fault:
+                path = self.write_report()
         return RunSummary(
             status=read_status(self.folder),
             processed=len(todo),
             scored=scored,
             seconds=time.monotonic() - start,
-            stopped=receipts["bug"] > self.max_bugs,
+            stopped=self.stopped,
             report=path,
-            problem="\n".join(problems),
+            problem="\n".join(self.problems),
         )
 
-    def spread(self, todo: Sequence[ManifestEntry], workers: int, pixels: int) -> str:
-        """What the workers share out: images or tiles."""
-        return choose_spread(self.settings.spread, len(todo), workers, pixels)
+    @property
+    def stopped(self) -> bool:
+        """Whether there were too many bugs to go on."""
+        return self.ended["bug"] > self.max_bugs
 
-    def executor(
-        self, todo: Sequence[ManifestEntry], chunks: Sequence[Chunk], pixels: int
-    ) -> AbstractContextManager[Executor]:
-        """Where it runs, with no more processes than have work, and memory where the images are."""
-        threads = self.settings.threads
+    def place(self, todo: Sequence[ManifestEntry], chunks: Sequence[Chunk]) -> AbstractContextManager[Executor]:
+        """Where it will run, with no more processes than have work, and memory where the images are.
+
+        Raises
+        ------
+        UsageError
+            A worker has less memory than an image needs.
+        """
+        threads, tasks = self.settings.threads, max(1, len(todo), len(chunks))
+        need = largest_need(todo)
+        self.pixels = need.pixels
+        large = None
         workers = local_workers(self.where.workers, threads)
-        if self.spread(todo, workers, pixels) == "tiles":
-            large = images_at_once(len(todo), workers)
-            return open_executor(self.where, threads, large=large, folder=self.folder.log)
-        return open_executor(self.where, threads, max(len(todo), len(chunks)), folder=self.folder.log)
+        if self.spread(todo, workers) == "tiles":
+            tasks, large = workers, images_at_once(len(todo), workers)
+        on_one_machine = self.where.cluster == "local"
+        check_memory(
+            need,
+            worker_memory(self.where, threads, tasks, large),
+            min(large or workers, tasks) if on_one_machine else None,
+        )
+        return open_executor(self.where, threads, tasks, large, folder=self.folder.log)
 
-    def process(self, todo: Sequence[ManifestEntry], executor: Executor, spread: str) -> Counter[str]:
-        """Process images; returns how many ended how."""
-        ended: Counter[str] = Counter()
+    def spread(self, todo: Sequence[ManifestEntry], workers: int) -> str:
+        """What the workers share out: images or tiles."""
+        return choose_spread(self.settings.spread, len(todo), workers, self.pixels)
+
+    def compute(self, todo: Sequence[ManifestEntry], images: int, executor: Executor) -> int:
+        """Process and score; returns the number of candidates scored."""
+        how = watching(self.where, executor)
+        if how:
+            say(how, quiet=self.quiet)
+        self.process(todo, images, executor)
+        if self.stopped:
+            return 0
+        try:
+            return self.score(self.unscored(), executor)
+        except (StorageError, ClusterError):
+            raise
+        except Exception as error:  # the images are done; what follows goes on without scores
+            self.problems.append(_tell_scoring(error))
+            return 0
+
+    def process(self, todo: Sequence[ManifestEntry], images: int, executor: Executor) -> None:
+        """Process images, and count how they ended."""
+        spread = self.spread(todo, executor.workers)
         if spread == "tiles":
             say(f"the tiles of each image are spread over {executor.workers} workers", quiet=self.quiet)
         receipts = process_images(
@@ -340,17 +413,38 @@ class _Job:
             executor,
             process=self.steps.process,
             threads=self.settings.threads,
+            time_limit=self.settings.time_limit,
             max_bugs=self.max_bugs,
             spread=spread,
+            events=self.events,
+            tell=partial(say, quiet=self.quiet),
         )
 
         def failed() -> str:
-            n = ended["failed"] + ended["bug"]
+            n = self.ended["failed"] + self.ended["bug"]
             return f"{n} failed" if n else ""
 
-        for receipt in show(receipts, len(todo), "images", note=failed, quiet=self.quiet):
-            ended[receipt.status] += 1
-        return ended
+        before = images - len(todo)
+        for receipt in show(receipts, images, "images", note=failed, before=before, quiet=self.quiet):
+            self.ended[receipt.status] += 1
+            n_failed = self.ended["failed"] + self.ended["bug"]
+            self.events.beat(done=self.ended["done"], failed=n_failed)
+
+    def gather(self) -> None:
+        """Gather the log, where the disk takes it; the next driver does it first of all."""
+        try:
+            gather(self.folder)
+        except (StorageError, OSError) as error:
+            self.problems.append(f"receipts and failures were not gathered: {error}")
+
+    def write_report(self) -> Path | None:
+        """The report; where that fails, the run's own result is told all the same."""
+        self.events.beat(phase="report", in_flight=0)
+        try:
+            return self.steps.report(self.folder.path)
+        except Exception:
+            self.problems.append(traceback.format_exc())
+            return None
 
     def unscored(self) -> list[Chunk]:
         """What the model has not scored yet."""
@@ -361,21 +455,24 @@ class _Job:
         if not chunks:
             return 0
         total = sum(chunk.n_candidates for chunk in chunks)
-        finished = classify_chunks(self.folder, chunks, executor, model=self.model, threads=self.settings.threads)
-        for _ in show(finished, total, "candidates scored", count=lambda c: c.n_candidates, quiet=self.quiet):
-            pass
+        self.events.beat(phase="scoring", in_flight=0)
+        finished = classify_chunks(
+            self.folder,
+            chunks,
+            executor,
+            model=self.model,
+            threads=self.settings.threads,
+            device=self.settings.classify.device,
+        )
+        for chunk in show(finished, total, "candidates scored", count=lambda c: c.n_candidates, quiet=self.quiet):
+            self.events.write("scored", candidates=chunk.n_candidates)
         return total
 
 
 def _tell_scoring(error: Exception) -> str:
     """In a line where it was foreseen, with its traceback otherwise."""
-    foreseen = isinstance(error, (ModelError, WorkerDiedError))
+    foreseen = isinstance(error, (ModelError, UsageError, WorkerDiedError))
     return f"scoring: {error if foreseen else ''.join(traceback.format_exception(error))}"
-
-
-def _where(cluster: str | Where, workers: int | None) -> Where:
-    where = Where(cluster) if isinstance(cluster, str) else cluster
-    return where if workers is None else replace(where, workers=workers)
 
 
 def _entries(manifest: str | Path | Sequence[ManifestEntry]) -> list[ManifestEntry]:

@@ -116,7 +116,7 @@ class Model:
         return stamps[:, 0, 0, 1] / 100
 
 
-def load_model(name: str, threads: int) -> Model:
+def load_model(name: str, threads: int, device: str = "cpu") -> Model:
     if name == "nonsense":
         raise ModelError("no model 'nonsense'; known: stub")
     return Model(name)

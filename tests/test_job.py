@@ -20,7 +20,7 @@ import pytest
 import batchproc
 from batchproc import open_catalogue, open_stamps
 from batchproc.config import Config
-from batchproc.distribute.campaign import plan_chunks
+from batchproc.distribute.scoring import plan_chunks
 from batchproc.errors import ModelError, RunMismatchError
 from batchproc.io.run_folder import RunFolder
 from batchproc.job import Steps, classify, plan, retry, run
@@ -221,8 +221,8 @@ def test_scoring_does_what_is_missing(tmp_path):
     """A second model scores beside the first; a model scores what it has not scored; whole images to a chunk."""
     run(_runs.entries("n3", "n4"), tmp_path / "run", config=_runs.CONFIG, **SERIAL)
     folder = RunFolder(tmp_path / "run")
-    chunks = list(plan_chunks(folder, SimpleNamespace(name="stub", hash=""), size=5))
-    assert [chunk.image_ids for chunk in chunks] == [("n3",), ("n4",)]
+    chunks = list(plan_chunks(folder, SimpleNamespace(name="stub", hash=""), size=3))
+    assert [[place.image_id for place in chunk.places] for chunk in chunks] == [["n3"], ["n4"]]
     assert classify(folder.path, "stub", **SERIAL) == 7
     assert classify(folder.path, "stub", **SERIAL) == 0
     assert classify(folder.path, "other", **SERIAL) == 7

@@ -1,132 +1,309 @@
-"""Many images, and many stamps, over an executor: what to submit, and what to make of what comes back.
+"""Many images over an executor: what to submit, and what to make of what comes back.
 
-The work itself is in `batchproc.distribute.tasks`; what is done is known from the run folder alone.
+The work itself is in `batchproc.distribute.tasks`, who is tried when in `batchproc.distribute.attempts`; what is done
+is known from the run folder alone.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import time
 import traceback
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing
-from functools import partial
-from typing import Any
+import uuid
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import replace
 
-from batchproc.distribute.executors import Executor, Outcome, WorkerDiedError, sliding
+from batchproc.distribute.attempts import Attempts, Counts, Mishap, Trial
+from batchproc.distribute.executors import Executor, Outcome, WorkerDiedError
+from batchproc.distribute.order import Pace, longest_first
 from batchproc.distribute.plan import images_at_once
-from batchproc.distribute.tasks import Chunk, Job, Process, classify_chunk, process_image
-from batchproc.io.catalogue import scored_images
-from batchproc.io.progress import ReceiptLog, read_index
+from batchproc.distribute.tasks import Answer, Job, Process, overdue_note, process_trial, under_way_file
+from batchproc.distribute.transient import is_transient
+from batchproc.distribute.watchdog import read_note
+from batchproc.errors import StorageError
+from batchproc.io.atomic import our_disk, write_text
+from batchproc.io.events import NullEvents
+from batchproc.io.progress import ReceiptLog
 from batchproc.io.run_folder import RunFolder
+from batchproc.io.store import stored_receipt
 from batchproc.records import ManifestEntry, Receipt
 
-__all__ = ["classify_chunks", "plan_chunks", "process_images"]
+__all__ = ["process_images"]
 
-CHUNK_CANDIDATES = 4096  # some seconds of a small network; 200 MB of stamps
+_LOOK_S = 2.0  # how often the driver looks around while nothing finishes
+_ABSENT_S, _AGAIN_S = 60.0, 600.0  # without workers: when it is said, and said again
+_SAVE_S = 5.0
+_FINAL = ("done", "failed", "bug")
+
+_NOBODY = NullEvents()
+
+_EVENTS = {
+    Mishap.TRANSIENT: "image_retried",
+    Mishap.LOST: "image_lost",
+    Mishap.CRASHED: "image_lost",
+    Mishap.OVERRAN: "image_overdue",
+}
+
+
+_AT_LAST = {
+    Mishap.TRANSIENT: " (each time in some minutes; `batchproc retry RUN` when that is mended)",
+    Mishap.LOST: "",
+    Mishap.CRASHED: "",
+    Mishap.OVERRAN: "",
+}
 
 
 def process_images(
     folder: RunFolder,
-    entries: Iterable[ManifestEntry],
+    entries: Sequence[ManifestEntry],
     executor: Executor,
     *,
     process: Process,
     threads: int = 1,
+    time_limit: float = 0.0,
     max_bugs: int = 5,
     spread: str = "images",
+    events: NullEvents = _NOBODY,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Receipt]:
-    """Process images, log each receipt, and yield it.
+    """Process images, and yield the last word on each: done, failed, or a bug.
 
-    An image under which its worker died is tried once more at the end, alone, so that a neighbour's crash is not taken
-    for its own; if its worker dies again it is a failure.
+    Errors that may heal, and workers that die, are no last words: `batchproc.distribute.attempts` says what follows.
 
     Parameters
     ----------
     folder : RunFolder
         Frozen and locked.
-    entries : iterable of ManifestEntry
+    entries : sequence of ManifestEntry
         Those to process.
     executor : Executor
     process : callable
         `batchproc.flow.process_image`, or a stand-in.
     threads : int
         For every library of a worker process.
+    time_limit : float
+        Seconds an image; 0: none.
     max_bugs : int
         After more bugs than this the campaign stops: the iterator ends.
     spread : {"images", "tiles"}
         What the workers share out among themselves. With tiles, images that outnumber the workers are done one by one.
+    events : EventLog, optional
+    tell : callable, optional
+        Takes a line for the person who waits.
+
+    Raises
+    ------
+    StorageError
+        The run folder cannot be written.
+    ClusterError
+        No workers any more, and none will come.
     """
-    work = partial(process_image, Job.of(folder, threads, executor, spread), process)
-    at_once = None
-    if spread == "tiles":
-        entries = list(entries)
-        at_once = images_at_once(len(entries), executor.workers)
-    bugs = 0
-    lost: list[ManifestEntry] = []
-    with ReceiptLog(folder) as log:
-
-        def run(images: Iterable[ManifestEntry], window: int | None, last: bool) -> Generator[Receipt, None, None]:
-            for entry, outcome in sliding(executor, work, images, window):
-                if isinstance(outcome.error, WorkerDiedError) and not last:
-                    lost.append(entry)
-                    continue
-                receipt = _receipt(entry, outcome)
-                log.add(receipt)
+    with our_disk(folder.path), ReceiptLog(folder) as log, closing(_Deaths(folder)) as deaths:
+        job = Job.of(folder, threads, executor, spread=spread, time_limit=time_limit, campaign=uuid.uuid4().hex[:8])
+        attempts = Attempts(longest_first(entries), deaths.before())
+        deaths.save(attempts, now=True)
+        campaign = _Campaign(folder, job, executor, process, attempts, len(entries), events, tell)
+        bugs = 0
+        try:
+            for receipt in campaign.last_words():
+                if receipt.status != "done":
+                    log.add(receipt)
+                deaths.save(attempts)
                 yield receipt
-
-        for images, window, last in ((entries, at_once, False), (lost, 1, True)):
-            with closing(run(images, window, last)) as receipts:
-                for receipt in receipts:
-                    yield receipt
-                    bugs += receipt.status == "bug"
-                    if bugs > max_bugs:
-                        return
+                bugs += receipt.status == "bug"
+                if bugs > max_bugs:
+                    return
+        finally:
+            executor.cancel()
+            deaths.save(attempts, now=True)
 
 
-def plan_chunks(folder: RunFolder, model: Any, size: int = CHUNK_CANDIDATES) -> Iterator[Chunk]:
-    """Cut what the model has not scored yet into chunks of whole images, of about `size` candidates."""
-    index = read_index(folder)
-    scored = scored_images(folder, model)
-    images: list[str] = []
-    total = 0
-    for image_id, n in zip(index.image_ids, (index.offsets[1:] - index.offsets[:-1]).tolist(), strict=True):
-        if image_id in scored:
-            continue
-        if images and total + n > size:
-            yield Chunk(tuple(images), total)
-            images, total = [], 0
-        images.append(image_id)
-        total += n
-    if images:
-        yield Chunk(tuple(images), total)
+class _Campaign:
+    """Submits trials and makes something of their outcomes."""
 
+    def __init__(
+        self,
+        folder: RunFolder,
+        job: Job,
+        executor: Executor,
+        process: Process,
+        attempts: Attempts,
+        images: int,
+        events: NullEvents,
+        tell: Callable[[str], None],
+    ) -> None:
+        self.folder, self.job, self.executor, self.process = folder, job, executor, process
+        self.attempts, self.left = attempts, images
+        self.events, self.tell = events, tell
+        self.digest = folder.config().image_digest
+        self.window = images_at_once(images, executor.workers) if job.spread == "tiles" else None
+        self.pace = Pace()
+        self.under_way: dict[Hashable, Trial] = {}
+        self.workers = 0
+        self.told_absent = -math.inf
 
-def classify_chunks(
-    folder: RunFolder, chunks: Sequence[Chunk], executor: Executor, *, model: Any, threads: int = 1
-) -> Iterator[Chunk]:
-    """Score chunks and yield each when it is on the disk; an error of the model ends it."""
-    folder.scores_of(model.name).mkdir(parents=True, exist_ok=True)
-    work = partial(classify_chunk, Job.of(folder, threads, executor), model)
-    for chunk, outcome in sliding(executor, work, chunks):
-        if outcome.error is not None:
+    def last_words(self) -> Iterator[Receipt]:
+        """Until every image has ended."""
+        while True:
+            self.submit()
+            if self.attempts.finished:
+                return
+            answers = self.executor.wait(self.patience())
+            ended = [receipt for ticket, outcome in answers for receipt in self.receive(ticket, outcome)]
+            if ended:
+                self.submit()  # before somebody draws them
+            self.look_around()
+            yield from ended
+
+    def submit(self) -> None:
+        """Keep every worker busy, and a few trials more waiting."""
+        workers = self.executor.workers
+        window = self.window or 2 * workers + 2
+        alone = sum(trial.alone for trial in self.under_way.values())
+        while len(self.under_way) < window:
+            size = (
+                1
+                if self.window or self.executor.here
+                else self.pace.images(self.left - self.attempts.under_way, workers)
+            )
+            trial = self.attempts.take(time.monotonic(), size, alone=2 * alone < max(2, workers))
+            if trial is None:
+                return
+            alone += trial.alone
+            self.under_way[self.executor.submit(process_trial, self.job, self.process, trial)] = trial
+
+    def receive(self, ticket: Hashable, outcome: Outcome) -> Iterator[Receipt]:
+        """What the end of a trial says of its images; yields last words only."""
+        trial = self.under_way.pop(ticket)
+        if outcome.error is None:
+            answer: Answer = outcome.value
+            if not trial.alone:
+                self.pace.add(len(answer.receipts), answer.seconds)
+            receipts: Sequence[Receipt] = answer.receipts
+        elif isinstance(outcome.error, StorageError):
             raise outcome.error
-        yield chunk
+        else:
+            receipts = [self.without_answer(entry, trial, outcome.error) for entry in trial.entries]
+        for entry, receipt in zip(trial.entries, receipts, strict=True):
+            last = self.settle(entry, receipt)
+            if last is not None:
+                yield last
 
-
-def _receipt(entry: ManifestEntry, outcome: Outcome) -> Receipt:
-    if outcome.error is None:
-        receipt: Receipt = outcome.value
-        return receipt
-    if isinstance(outcome.error, WorkerDiedError):
+    def without_answer(self, entry: ManifestEntry, trial: Trial, error: BaseException) -> Receipt:
+        """What can be said of an image whose trial brought no answer: its files know whether it is done."""
+        done = stored_receipt(self.folder, entry, self.digest)
+        if done is not None:
+            return done
+        if is_transient(error) or isinstance(error, OSError):  # the latter: a connection of Dask's own
+            status: str = Mishap.TRANSIENT
+        elif not isinstance(error, WorkerDiedError):
+            text = "".join(traceback.format_exception(error))
+            return _receipt(entry, "bug", type(error).__name__, str(error), text)
+        elif read_note(overdue_note(self.folder, entry.image_id), self.job.words(trial)):
+            status = Mishap.OVERRAN
+        else:
+            status = Mishap.LOST
         message = (
-            f"{entry.new}: {outcome.error}, again when it was alone; most likely it needs more memory than a worker "
-            "has: `batchproc retry RUN --workers N` with fewer workers gives each of them more"
+            f"{entry.new}: {error}, and so it went each time it was tried alone: it may take whole machines along; "
+            "look at what the jobs printed (RUN/log), then `batchproc retry RUN`"
         )
-        return Receipt(entry.image_id, "failed", stage="process", error="WorkerDiedError", message=message)
-    return Receipt(
-        entry.image_id,
-        "bug",
-        stage="submit",
-        error=type(outcome.error).__name__,
-        message=str(outcome.error),
-        traceback="".join(traceback.format_exception(outcome.error)),
-    )
+        return _receipt(entry, status, "CrashError", message)
+
+    def settle(self, entry: ManifestEntry, receipt: Receipt) -> Receipt | None:
+        """Book what became of an image; the receipt where it is the last word on it."""
+        if receipt.status in _FINAL:
+            self.attempts.end(entry.image_id)
+        else:
+            mishap = Mishap(receipt.status)
+            self.events.write(_EVENTS[mishap], image_id=entry.image_id, reason=receipt.message or mishap.value)
+            if not self.attempts.mishap(entry, mishap, time.monotonic()):
+                return None
+            receipt = replace(receipt, status="failed", message=f"{receipt.message}{_AT_LAST[mishap]}")
+        self.left -= 1
+        self.note(receipt)
+        return receipt
+
+    def note(self, receipt: Receipt) -> None:
+        """An event a finished image."""
+        if receipt.status == "done":
+            self.events.write(
+                "image_done",
+                image_id=receipt.image_id,
+                seconds=sum(receipt.seconds.values()),
+                cpu_seconds=receipt.cpu_seconds,
+                n_candidates=receipt.n_candidates,
+                memory_mb=receipt.peak_memory_mb,
+            )
+        else:
+            self.events.write(
+                "image_failed",
+                image_id=receipt.image_id,
+                kind=receipt.status,
+                stage=receipt.stage,
+                error=receipt.error,
+            )
+
+    def patience(self) -> float:
+        """Seconds until there may be something to do though nothing has finished."""
+        due = self.attempts.wait_s(time.monotonic())
+        return _LOOK_S if due is None else min(due, _LOOK_S)
+
+    def look_around(self) -> None:
+        """Tell how things are: the number of workers, and whether there are none at all."""
+        absent = self.executor.absent_for
+        workers = 0 if absent else self.executor.workers
+        if workers != self.workers:
+            self.events.write("workers", workers=workers)
+            self.workers = workers
+        phase = "waiting for workers" if absent else "images"
+        self.events.beat(phase=phase, in_flight=self.attempts.under_way, workers=workers)
+        now = time.monotonic()
+        if absent > _ABSENT_S and now - self.told_absent > _AGAIN_S:
+            self.told_absent = now
+            self.tell("no worker is there; waiting for one to come (jobs may still be in the queue)")
+
+
+class _Deaths:
+    """What earlier drivers of the run knew of images that end their processes: ``log/deaths.json``.
+
+    A driver that works by itself is such a process: while it does, ``log/under_way`` names the image, and where that is
+    found later, its driver died with it.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.file, self.under_way = folder.log / "deaths.json", under_way_file(folder)
+        self.saved: Mapping[str, object] = {}
+        self.when = -math.inf
+
+    def before(self) -> dict[str, Counts]:
+        """Counts of earlier drivers."""
+        counts: dict[str, Counts] = {}
+        with suppress(OSError, ValueError, TypeError):  # nobody wrote it, or not all of it
+            counts = Attempts.recorded(json.loads(self.file.read_text()))
+            self.saved = {image_id: {} for image_id in counts}
+        with suppress(OSError):
+            image_id = self.under_way.read_text()
+            counts[image_id] = counts.get(image_id, Counts()).after(Mishap.LOST, alone=False)
+        return counts
+
+    def save(self, attempts: Attempts, *, now: bool = False) -> None:
+        """Write what has changed, not too often."""
+        if not now and time.monotonic() - self.when < _SAVE_S:
+            return
+        self.when = time.monotonic()
+        record = attempts.record()
+        if record != self.saved:
+            with suppress(OSError):  # a full disk stops the campaign where results are written
+                write_text(self.file, json.dumps(record))
+            self.saved = record
+
+    def close(self) -> None:
+        """Nobody died: the driver ends of its own will."""
+        with suppress(OSError):
+            self.under_way.unlink(missing_ok=True)
+
+
+def _receipt(entry: ManifestEntry, status: str, error: str, message: str, text: str = "") -> Receipt:
+    return Receipt(entry.image_id, status, stage="submit", error=error, message=message, traceback=text)

@@ -204,10 +204,14 @@ class DaskExecutor:
         priority: int = 0,
     ) -> Hashable:
         """Send a call to the scheduler."""
+        from distributed.protocol.pickle import dumps
+
         plain = function.func if isinstance(function, partial) else function
         key = f"{plain.__name__}-{uuid.uuid4().hex}"  # the dashboard groups by what stands before the dash
         needs = dict(resources) if resources else None
-        future = self.client.submit(function, *arguments, key=key, pure=False, resources=needs, priority=priority)
+        # As bytes, since the scheduler would unpickle a function, and import all that it needs.
+        call = dumps((function, arguments))
+        future = self.client.submit(_call, call, key=key, pure=False, resources=needs, priority=priority)
         self._waiting[key] = future
         self._finished.add(future)
         return key
@@ -270,6 +274,13 @@ class DaskExecutor:
         if isinstance(error, KilledWorker):
             error = WorkerDiedError("the worker process died while it worked on this")
         return Outcome(error=error)
+
+
+def _call(pickled: bytes) -> Any:
+    from distributed.protocol.pickle import loads
+
+    function, arguments = loads(pickled)
+    return function(*arguments)
 
 
 def _gone(error: object) -> ClusterError:

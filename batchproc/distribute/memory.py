@@ -8,13 +8,17 @@ when freed memory stays with the process. The largest resident size is the same,
 from __future__ import annotations
 
 import ctypes
+import gc
+from contextlib import suppress
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["keep_freed_memory", "process_limit", "return_freed_memory"]
 
 # Numbers of <malloc.h>.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 _LARGEST_INT = 2**31 - 1
+
+_TERMINATE = 0.95  # of its limit: where Dask ends a worker
 
 
 def keep_freed_memory() -> bool:
@@ -24,3 +28,22 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError, TypeError):  # not glibc
         return False
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT))
+
+
+def return_freed_memory() -> None:
+    """Give back to the system what this process keeps of what it freed."""
+    gc.collect()
+    with suppress(OSError, AttributeError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def process_limit() -> int:
+    """Bytes at which a worker's process would be ended for its size; of the machine, or the job, where we are none."""
+    from distributed import get_worker
+    from distributed.system import MEMORY_LIMIT
+
+    try:
+        limit = get_worker().memory_manager.memory_limit
+    except (ValueError, AttributeError):
+        limit = None
+    return int(_TERMINATE * (limit or MEMORY_LIMIT))

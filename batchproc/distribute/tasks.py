@@ -1,7 +1,9 @@
-"""What runs on a worker: one image, or one chunk of stamps. In: a path and an id. Out: files, and a short receipt.
+"""What runs on a worker: images, or one chunk of stamps. In: a path and ids. Out: files, and short receipts.
 
-A task owns the files that carry its id. It writes them whole or not at all, the done-marker last, so that it may be
-killed at any moment, or run twice.
+A task owns the files that carry the ids of its images. It writes them whole or not at all, the done-marker last, so
+that it may be killed at any moment, or run twice.
+
+The driver knows these functions by name only: what they need of the numerics they import when they run.
 """
 
 from __future__ import annotations
@@ -10,31 +12,41 @@ import resource
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from batchproc.config import Config
+from batchproc.distribute.alone import run_alone
+from batchproc.distribute.attempts import Mishap, Trial
 from batchproc.distribute.executors import Executor, WorkerDiedError
-from batchproc.distribute.memory import keep_freed_memory
+from batchproc.distribute.memory import keep_freed_memory, process_limit, return_freed_memory
 from batchproc.distribute.threads import limit_threads
-from batchproc.distribute.tiles import TileMap
-from batchproc.errors import ExposureError
-from batchproc.imaging.fft import import_wisdom
-from batchproc.io.catalogue import read_part, write_scores
-from batchproc.io.markers import input_digest
+from batchproc.distribute.transient import is_transient
+from batchproc.distribute.watchdog import time_limit, time_limit_here
+from batchproc.errors import CrashError, ExposureError, MemoryLimitError, StorageError, TimeLimitError
+from batchproc.io.atomic import our_disk, part_name
+from batchproc.io.index import Place
 from batchproc.io.run_folder import RunFolder
-from batchproc.io.stamps import read_stamps
-from batchproc.io.store import store_image
 from batchproc.records import ManifestEntry, Receipt
 
-__all__ = ["Chunk", "Job", "classify_chunk", "process_image"]
+if TYPE_CHECKING:
+    from batchproc.io.index import Place
+
+__all__ = [
+    "Answer",
+    "Chunk",
+    "Job",
+    "classify_chunk",
+    "overdue_note",
+    "process_image",
+    "process_trial",
+    "under_way_file",
+]
 
 #: `batchproc.flow.process_image`, or a stand-in with its face; the keyword ``map_tiles`` comes where tiles are spread.
 Process = Callable[..., Any]
@@ -58,6 +70,10 @@ class Job:
         The tasks run in the driver's process, which may be a user's own: they change nothing that outlasts them.
     spread : {"images", "tiles"}
         Whether a task works on its image alone, or hands its tiles to all workers.
+    time_limit : float
+        Seconds an image; 0: none.
+    campaign : str
+        Tells one campaign of a run from another.
     """
 
     run: str
@@ -65,77 +81,216 @@ class Job:
     threads: int = 1
     here: bool = False
     spread: str = "images"
+    time_limit: float = 0.0
+    campaign: str = ""
 
     @classmethod
-    def of(cls, folder: RunFolder, threads: int, executor: Executor, spread: str = "images") -> Job:
+    def of(cls, folder: RunFolder, threads: int, executor: Executor, **others: Any) -> Job:
         """The job of a run that has been begun."""
-        return cls(str(folder.path.resolve()), folder.identity(), threads, executor.here, spread)
+        return cls(str(folder.path.resolve()), folder.identity(), threads, executor.here, **others)
+
+    def words(self, trial: Trial) -> str:
+        """What a note of a trial begins with."""
+        return f"{self.campaign} {trial.number}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the driver is told of a trial.
+
+    Attributes
+    ----------
+    receipts : tuple of Receipt
+        One an image, without what stands in the markers (``quality``). A status that is a `Mishap` is not final.
+    seconds : float
+        Wall-clock, of all of it.
+    """
+
+    receipts: tuple[Receipt, ...]
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Whole images whose candidates are scored by one task."""
+    """Whole images whose candidates are scored by one task, into one file."""
 
-    image_ids: tuple[str, ...]
-    n_candidates: int
+    places: tuple[Place, ...]
+
+    @property
+    def n_candidates(self) -> int:
+        """In all of its images."""
+        return sum(place.n for place in self.places)
+
+    @property
+    def name(self) -> str:
+        """Of its file: made of its images."""
+        return sha256("\n".join(place.image_id for place in self.places).encode()).hexdigest()[:32]
+
+    def pieces(self, size: int = 4096) -> Iterator[list[Place]]:
+        """Images whose stamps are in memory at a time: of about `size` candidates (200 MB of stamps)."""
+        some: list[Place] = []
+        for place in self.places:
+            if some and sum(one.n for one in some) + place.n > size:
+                yield some
+                some = []
+            some.append(place)
+        if some:
+            yield some
+
+
+def process_trial(job: Job, process: Process, trial: Trial) -> Answer:
+    """Process the images of a trial one after the other.
+
+    Raises
+    ------
+    StorageError
+        The run folder cannot be written.
+    WorkerDiedError
+        Another worker died under a tile of an image.
+    """
+    start = time.perf_counter()
+    work = _process_alone if trial.alone else _process_here
+    receipts = tuple(_short(work(job, process, entry, trial)) for entry in trial.entries)
+    return Answer(receipts, time.perf_counter() - start)
 
 
 def process_image(job: Job, process: Process, entry: ManifestEntry) -> Receipt:
-    """Process one image and store what comes out; never raises for what the image does.
+    """Process one image and store what comes out; an image that is done already is not done again.
 
     Returns
     -------
     Receipt
-        ``done`` when everything is on the disk; ``failed`` for an `ExposureError`; ``bug`` for anything else, with its
-        traceback.
+        ``done`` when everything is on the disk; ``failed`` for an `ExposureError`; a `Mishap` for what may heal, and
+        for memory that could not be had; ``bug`` for anything else, with its traceback.
 
     Raises
     ------
+    StorageError
+        The run folder cannot be written.
     WorkerDiedError
         Another worker died under a tile of the image.
     """
+    from batchproc.io.markers import input_digest
+    from batchproc.io.store import store_image, stored_receipt
+
     folder, config = _prepare(job)
+    before = stored_receipt(folder, entry, config.image_digest)
+    if before is not None:
+        return before
     cpu = time.process_time()
-    inputs = input_digest(entry)
-    map_tiles = TileMap(partial(_prepare, job)) if job.spread == "tiles" else None
     try:
-        result = process(entry, config) if map_tiles is None else process(entry, config, map_tiles=map_tiles)
-        if map_tiles is not None:
+        inputs = input_digest(entry)
+        if job.spread == "tiles":
+            from batchproc.distribute.tiles import TileMap
+
+            map_tiles = TileMap(partial(_prepare, job))
+            result = process(entry, config, map_tiles=map_tiles)
             cpu -= map_tiles.cpu_elsewhere
+        else:
+            result = process(entry, config)
         receipt = replace(result.receipt, **_use(cpu))
         return store_image(folder, entry, result.catalogue, result.stamps, receipt, config.image_digest, inputs=inputs)
-    except WorkerDiedError:  # the campaign knows what to do
+    except (WorkerDiedError, StorageError):  # no matter of this image: the campaign knows what to do
         raise
     except ExposureError as error:
-        return _failed(entry, "failed", error, cpu, stage=error.stage, metadata=error.metadata)
+        status = Mishap.TRANSIENT if is_transient(error) else "failed"
+        return _failed(entry, status, error, cpu, stage=error.stage, metadata=error.metadata)
     except Exception as error:
-        return _failed(entry, "bug", error, cpu, stage=_stage(error), traceback=traceback.format_exc())
+        details = {"stage": _stage(error), "traceback": traceback.format_exc()}
+        status = Mishap.TRANSIENT if is_transient(error) else "bug"
+        if isinstance(error, MemoryError):
+            status = Mishap.OVERRAN
+        return _failed(entry, status, error, cpu, **details)
+
+
+def overdue_note(folder: RunFolder, image_id: str) -> Path:
+    """What a worker writes that ends itself for an image that takes too long: where it was."""
+    return folder.log / "overdue" / f"{part_name(image_id)}.txt"
+
+
+def under_way_file(folder: RunFolder) -> Path:
+    """Which image a driver works on that works by itself."""
+    return folder.log / "under_way"
 
 
 def classify_chunk(job: Job, model: Any, chunk: Chunk) -> int:
     """Score the candidates of a chunk of images with a model; returns how many got a score."""
+    import numpy as np
+
+    from batchproc.io.catalogue import read_rows, write_scores
+    from batchproc.io.stamps import read_stamps_of
+
     folder, config = _prepare(job)
-    names = list(model.card.input.features)
-    parts = [read_part(folder.catalogue_part(i), ["candidate_id", *names]) for i in chunk.image_ids]
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in ("candidate_id", *names)}
-    stamps = np.concatenate([read_stamps(folder.stamps_part(image_id)) for image_id in chunk.image_ids])
-    features = np.column_stack([columns[name] for name in names]) if names else None
-    scores = np.asarray(model.predict(stamps, features, batch=config.classify.batch), np.float32)
-    name = sha256("\n".join(chunk.image_ids).encode()).hexdigest()[:32]
-    write_scores(
-        folder.scores_of(model.name) / f"{name}.parquet", chunk.image_ids, columns["candidate_id"], scores, model
-    )
-    return int(np.isfinite(scores.reshape(len(scores), -1)).all(axis=1).sum())
+    features = list(model.card.input.features)
+    names, images, scores = [], [], []
+    for places in chunk.pieces():
+        rows = read_rows(folder, places, ["candidate_id", "image_id", *features])
+        table = np.column_stack([rows[name].to_numpy() for name in features]) if features else None
+        found = model.predict(read_stamps_of(folder, places), table, batch=config.classify.batch)
+        scores.append(np.asarray(found, np.float32))
+        names += rows["candidate_id"].to_pylist()
+        images += rows["image_id"].to_pylist()
+    joined = np.concatenate(scores)
+    path = folder.scores_of(model.name) / f"{chunk.name}.parquet"
+    with our_disk(folder.path):
+        write_scores(path, np.array(images, object), np.array(names, object), joined, model)
+    return int(np.isfinite(joined.reshape(len(joined), -1)).all(axis=1).sum())
+
+
+def _process_here(job: Job, process: Process, entry: ManifestEntry, trial: Trial) -> Receipt:
+    """In this process, which ends where the image takes too long; the driver's own goes on."""
+    folder = RunFolder(Path(job.run))
+    limit: AbstractContextManager[None]
+    if job.here:
+        with our_disk(folder.path):
+            under_way_file(folder).write_text(entry.image_id)
+        limit = time_limit_here(job.time_limit)
+    else:
+        limit = time_limit(job.time_limit, overdue_note(folder, entry.image_id), job.words(trial))
+    try:
+        with limit:
+            return process_image(job, process, entry)
+    except TimeLimitError as error:  # between the image and its receipt
+        return _failed(entry, "failed", error, time.process_time(), stage=error.stage, metadata=error.metadata)
+
+
+def _process_alone(job: Job, process: Process, entry: ManifestEntry, trial: Trial) -> Receipt:
+    """In a process of its own, while this one does nothing else."""
+    return_freed_memory()
+    inner = replace(job, here=False, spread="images", time_limit=0.0)
+    cpu = time.process_time()
+    try:
+        receipt: Receipt = run_alone(
+            process_image,
+            *(inner, process, entry),
+            time_limit=job.time_limit,
+            memory_limit=process_limit(),
+            threads=job.threads,
+        )
+        return receipt
+    except (TimeLimitError, MemoryLimitError) as error:
+        return _ended(entry, Mishap.OVERRAN, error, cpu)
+    except CrashError as error:
+        return _ended(entry, Mishap.CRASHED, error, cpu)
+
+
+def _ended(entry: ManifestEntry, mishap: Mishap, error: ExposureError, cpu: float) -> Receipt:
+    metadata = dict(error.metadata)
+    words = metadata.pop("last_words", "")
+    error = type(error)(f"{entry.new}: {error}")
+    return _failed(entry, mishap, error, cpu, stage=error.stage, metadata=metadata, traceback=words)
 
 
 def _prepare(job: Job) -> tuple[RunFolder, Config]:
     """Once in the life of a process and a run: its settings, FFTW's frozen plans, threads, memory."""
     with _preparing:  # a thread must not plan while another one takes the wisdom over
-        return _prepare_once(job)
+        return _prepare_once(replace(job, campaign=""))
 
 
 @lru_cache(maxsize=1)  # FFTW has one wisdom a process: a run that comes back after another needs its own again
 def _prepare_once(job: Job) -> tuple[RunFolder, Config]:
+    from batchproc.imaging.fft import import_wisdom
+
     folder = RunFolder(Path(job.run))
     wisdom = folder.wisdom_file.read_text()
     if wisdom:
@@ -145,6 +300,11 @@ def _prepare_once(job: Job) -> tuple[RunFolder, Config]:
         limit_threads(job.threads)
         keep_freed_memory()
     return folder, replace(folder.config(), threads=job.threads)
+
+
+def _short(receipt: Receipt) -> Receipt:
+    """Without what its marker says at length."""
+    return receipt if receipt.status != "done" else replace(receipt, quality={}, metadata={})
 
 
 def _failed(entry: ManifestEntry, status: str, error: Exception, cpu: float, **details: Any) -> Receipt:

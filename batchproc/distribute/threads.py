@@ -28,7 +28,7 @@ def thread_environment(threads: int) -> dict[str, str]:
 
 
 def limit_threads(threads: int) -> ExitStack:
-    """Hold what this process has imported to so many threads: Numba, Blosc, Zarr, and BLAS with threadpoolctl.
+    """Hold what this process has imported to so many threads: Numba, Blosc, Zarr, Arrow, and BLAS with threadpoolctl.
 
     Returns
     -------
@@ -50,6 +50,11 @@ def limit_threads(threads: int) -> ExitStack:
 
         before.callback(zarr.config.set, {"threading.max_workers": zarr.config.get("threading.max_workers")})
         zarr.config.set({"threading.max_workers": threads})
+    if "pyarrow" in sys.modules:
+        import pyarrow
+
+        before.callback(pyarrow.set_cpu_count, pyarrow.cpu_count())
+        pyarrow.set_cpu_count(threads)
     try:
         import threadpoolctl
     except ImportError:  # not one of our dependencies: then the environment alone holds BLAS
