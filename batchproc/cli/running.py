@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,14 +22,15 @@ from batchproc.cli.common import (
     spread_option,
     where_to_run,
 )
+from batchproc.cli.texts import tell_plan, tell_run, tell_status
 from batchproc.config import Config
-from batchproc.display import duration, size
 
 if TYPE_CHECKING:
     from batchproc.distribute.clusters import Where
-    from batchproc.distribute.plan import Plan
-    from batchproc.io.progress import Status
-    from batchproc.job import RunSummary
+
+
+#: Seconds from look to look of ``status --watch``.
+WATCH_S = 10.0
 
 
 @click.command(epilog=example("batchproc demo --out demo"))
@@ -39,7 +42,7 @@ def demo(out: Path, where: Where, quiet: bool) -> int:
     from batchproc.demo import run_demo
 
     result = run_demo(out, cluster=where, quiet=quiet)
-    click.echo(_tell_run(result.summary))
+    click.echo(tell_run(result.summary))
     click.echo(result.text())
     return result.summary.exit_code
 
@@ -92,7 +95,9 @@ def run(
     from batchproc import job
 
     if dry_run:
-        click.echo(_tell_plan(job.plan(manifest, out, config=settings, spread=spread, extend=extend, redo=redo), where))
+        planned = job.plan(manifest, out, config=settings, spread=spread, extend=extend, redo=redo)
+        click.echo(tell_plan(planned, where))
+        planned.fit(where).check()
         return 0
     summary = job.run(
         manifest,
@@ -107,23 +112,35 @@ def run(
         max_bugs=max_bugs,
         quiet=quiet,
     )
-    click.echo(_tell_run(summary))
+    click.echo(tell_run(summary))
     if pilot is not None:
-        click.echo(_tell_plan(job.plan(manifest, out, config=settings, spread=spread), where))
+        click.echo(tell_plan(job.plan(manifest, out, config=settings, spread=spread), where))
     return summary.exit_code
 
 
-@click.command(epilog=example("batchproc status RUN --json"))
+@click.command(epilog=example("batchproc status RUN", "batchproc status RUN --watch", "batchproc status RUN --json"))
 @run_folder
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def status(run: Path, as_json: bool) -> int:
-    """How far a run has come, at work or finished."""
-    from batchproc.io.progress import read_status
-    from batchproc.io.run_folder import RunFolder
+@click.option("--watch", is_flag=True, help="Again every ten seconds, until nobody is at work.")
+def status(run: Path, as_json: bool, watch: bool) -> int:
+    """How far a run has come, at work or finished.
 
-    found = read_status(RunFolder.existing(run))
-    click.echo(json.dumps(asdict(found), indent=2) if as_json else _tell_status(found))
-    return 0
+    Reads the run folder alone, and writes nothing: it works on any machine that sees the folder.
+    """
+    from batchproc.io.run_folder import RunFolder
+    from batchproc.io.status import read_status
+
+    folder = RunFolder.existing(run)
+    while True:
+        start = time.monotonic()
+        found = read_status(folder)
+        text = json.dumps(asdict(found), indent=None if watch else 2) if as_json else tell_status(found)
+        if watch and not as_json and sys.stdout.isatty():
+            click.clear()
+        click.echo(text)
+        if not watch or found.driver is None or not found.driver.running:
+            return 0
+        time.sleep(max(WATCH_S, 5 * (time.monotonic() - start)))  # a large run takes seconds to read
 
 
 @click.command(epilog=example("batchproc retry RUN --workers 1"))
@@ -149,7 +166,7 @@ def retry(run: Path, max_bugs: int, no_report: bool, spread: str | None, where: 
         max_bugs=max_bugs,
         quiet=quiet,
     )
-    click.echo(_tell_run(summary))
+    click.echo(tell_run(summary))
     return summary.exit_code
 
 
@@ -176,58 +193,3 @@ def classify(run: Path, model: str, where: Where, quiet: bool) -> int:
     n = job.classify(run, model, cluster=where, quiet=quiet)
     click.echo(f"{n} candidates scored" if n else "nothing to score: this model has scored all candidates")
     return 0
-
-
-def _tell_run(summary: RunSummary) -> str:
-    lines = [_tell_status(summary.status), f"in {duration(summary.seconds)}"]
-    if summary.stopped:
-        lines.append("stopped: too many bugs; their tracebacks are in failures.parquet")
-    if summary.left:
-        run = summary.status.run
-        lines.append(
-            f"{summary.left} images were not tried: `batchproc run {run}/manifest.parquet --out {run}` does them"
-        )
-    if summary.problem:
-        lines.append(summary.problem.rstrip())
-    if summary.report is not None:
-        lines.append(f"report: {summary.report}")
-    return "\n".join(lines)
-
-
-def _tell_status(status: Status) -> str:
-    line = f"{status.done} of {status.total} images done"
-    for n, what in ((status.failed, "failed"), (status.bugs, "stopped by a bug"), (status.missing, "missing")):
-        line += f", {n} {what}" if n else ""
-    lines = [line, f"{status.n_candidates} candidates" + "".join(f", scored by {name}" for name in status.scores)]
-    lines += [f"  {n} × {kind}" for kind, n in status.errors.items()]
-    if status.errors:
-        lines.append(f"see {status.run}/failures.parquet; `batchproc retry {status.run}` tries them again")
-    return "\n".join(lines)
-
-
-def _tell_plan(plan: Plan, where: Where) -> str:
-    from batchproc.distribute.clusters import expected_workers
-
-    workers = expected_workers(where, plan.threads)
-    lines = [
-        f"{plan.images} images: {plan.done} done, {plan.failed} failed before, {plan.missing} to do",
-        f"to read: {size(plan.bytes_in)}; to write: about {size(plan.bytes_out)} in {plan.files_out} files",
-    ]
-    if plan.missing_files:
-        lines.append(f"{plan.missing_files} files are not there: see `batchproc manifest check`")
-    if plan.missing and plan.spread(workers) == "tiles":
-        lines.append(
-            f"the tiles of each image ({plan.pixels / 1e6:.0f} Mpix) are spread over {workers} workers, "
-            f"with {size(plan.tile_bytes(workers))} of them under way"
-        )
-    elif plan.missing:
-        lines.append(f"one image a task, {min(workers, plan.missing)} at a time")
-    if plan.measured:
-        lines.append(
-            f"measured on {plan.measured} images: {duration(plan.seconds_per_image)} and up to "
-            f"{size(plan.peak_memory_mb * 2**20)} of memory each; {duration(plan.seconds(workers))} for what is left "
-            f"on {workers} workers"
-        )
-    else:
-        lines.append("time is not known before some images are done: `--pilot N` measures N of them")
-    return "\n".join(lines)

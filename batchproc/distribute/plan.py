@@ -1,38 +1,48 @@
-"""What a run would do, before it does it: images, bytes, files, and, once some images have been measured, time."""
+"""What a run would do, before it does it: images, bytes, files, memory; once some images have been measured, time too.
+
+Of a long manifest a sample is looked at, so that a plan for a million images takes no longer than reading it.
+"""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from batchproc.config import Config
+from batchproc.distribute.clusters import Where, expected_workers
+from batchproc.distribute.prediction import Fit, Prediction, fit, predict_image, tile_bytes
 from batchproc.distribute.tiles import tiles_under_way
-from batchproc.errors import BatchprocError
 from batchproc.io.fitsfile import split_hdu
-from batchproc.io.images import inspect_image
 from batchproc.io.progress import finished_images, iter_receipts
 from batchproc.io.run_folder import RunFolder
-from batchproc.records import ManifestEntry
+from batchproc.records import ManifestEntry, Receipt
 
 T = TypeVar("T")
 
-__all__ = ["Plan", "choose_spread", "evenly", "image_pixels", "images_at_once", "plan_run"]
+__all__ = ["Plan", "choose_spread", "evenly", "image_pixels", "images_at_once", "largest_need", "plan_run"]
 
-_SAMPLE = 500  # files or images that are looked at, of however many there are
+_SAMPLE = 500  # images whose files are looked at, or whose results, of however many there are
+_HEADERS = 8  # images whose headers are read, and as many of those with the largest files
+_RECEIPTS = 10_000
+_THREADS = 8  # each waits for a file server
 _GUESSED_CANDIDATES = 100  # an image, where none has been measured
 _COMPRESSION = 3.4  # of stamps rounded to 1/16 of the noise
 _ROW_BYTES = 300
-_FILES = 4  # an image: its rows, two of its stamps, its marker
+_PACK_IMAGES, _PACK_LEAST = 500, 20  # images that are rolled up into a pack, and the fewest
+_FILES = 5  # of a pack, and of an image that is in none: rows, marker, a folder of stamps with two files
+_SCORE_IMAGES = 50  # to a file of scores
+_RUN_FILES = 16  # of the run itself: manifest, settings, log, report, folders
+_SHORT_S, _TASK_S, _TASK_IMAGES = 2.0, 5.0, 200  # shorter images go several to a task, of so many seconds
 _WORTH_SPREADING = 2**24  # pixels of an image: a smaller one is subtracted in two seconds
-_TILE_BYTES = 18 * 4  # a pixel of a frame: four planes, eight spectra, six results
-_LOOKED_AT = 4  # images whose headers are read for their size
 
 
 @dataclass(frozen=True)
@@ -42,23 +52,25 @@ class Plan:
     Attributes
     ----------
     images, done, failed, missing : int
-        In the manifest; finished; failed before (left to ``retry``); not tried yet.
+        In the manifest; finished; failed before (left to ``retry``); to do.
     missing_files : int
-        Files of the images not tried yet that are not there, in the sample that was looked at.
+        Files of the images to do that are not there, in the sample that was looked at.
     bytes_in, bytes_out, files_out : float
-        Of the images not tried yet: what will be read and written.
+        Of the images to do: what will be read, and what will be left (files and folders: quotas count both).
+    need : Prediction
+        Memory of the image that needs the most of those looked at, where images are not spread.
     measured : int
-        Images of this run from which the numbers are taken; 0: `bytes_out` is guessed, time and memory unknown.
-    seconds_per_image, peak_memory_mb : float
+        Images of this run from which the numbers are taken; 0: `bytes_out` is guessed, time unknown.
+    seconds_per_image, cpu_seconds_per_image, peak_memory_mb : float
         Means over the measured images; largest of them. NaN where unknown.
-    pixels : int
-        Of the largest image not tried yet, in a small sample; 0 where unknown.
     wanted_spread : str
         ``spread`` of the configuration.
     tile : int
         Largest side of a tile, pixels.
     threads : int
         Of each worker.
+    changes : tuple of str
+        What the run would be changed in, a line each.
     """
 
     images: int
@@ -69,54 +81,97 @@ class Plan:
     bytes_in: float
     bytes_out: float
     files_out: int
+    need: Prediction
     measured: int
     seconds_per_image: float
+    cpu_seconds_per_image: float
     peak_memory_mb: float
-    pixels: int = 0
     wanted_spread: str = "auto"
     tile: int = 1024
     threads: int = 1
+    changes: tuple[str, ...] = ()
 
     def spread(self, workers: int) -> str:
         """What so many workers would share out: ``"images"`` or ``"tiles"``; see `choose_spread`."""
-        return choose_spread(self.wanted_spread, self.missing, workers, self.pixels)
+        return choose_spread(self.wanted_spread, self.missing, workers, self.need.pixels)
+
+    def fit(self, where: Where) -> Fit:
+        """How the image that needs the most memory fits into the workers there would be."""
+        workers = expected_workers(where, self.threads)
+        if self.spread(workers) == "images":
+            return fit(self.need, where, images=self.missing, threads=self.threads)
+        large, tiles = images_at_once(self.missing, workers), self.tile_bytes(workers)
+        return fit(self.need, where, images=self.missing, threads=self.threads, large=large, tiles=tiles)
 
     def tile_bytes(self, workers: int) -> int:
         """Memory of all tiles of one image that are under way at a time, beyond the image's own."""
-        return tiles_under_way(workers) * self.tile**2 * _TILE_BYTES
+        return tile_bytes(self.tile, tiles_under_way(workers))
+
+    @property
+    def tasks(self) -> int:
+        """Tasks of images: one each, or several to a task where they are short."""
+        if not self.measured or self.seconds_per_image >= _SHORT_S:
+            return self.missing
+        return math.ceil(self.missing / min(_TASK_S / max(self.seconds_per_image, 1e-3), _TASK_IMAGES))
 
     def seconds(self, workers: int) -> float:
-        """About how long the images not tried yet take with so many workers; NaN where unknown."""
+        """About how long the images to do take with so many workers; NaN where unknown."""
         return self.missing * self.seconds_per_image / workers
 
+    @property
+    def cpu_hours(self) -> float:
+        """That the images to do take; NaN where unknown."""
+        return self.missing * self.cpu_seconds_per_image / 3600
 
-def plan_run(folder: RunFolder, entries: Sequence[ManifestEntry], config: Config) -> Plan:
-    """Look at what a run has to do; reads sizes and receipts, no pixels, and writes nothing."""
+
+def plan_run(
+    folder: RunFolder,
+    entries: Sequence[ManifestEntry],
+    config: Config,
+    *,
+    again: Collection[str] = (),
+    changes: tuple[str, ...] = (),
+) -> Plan:
+    """Look at what a run has to do; reads sizes, headers and receipts, no pixels, and writes nothing.
+
+    Parameters
+    ----------
+    folder : RunFolder
+        May not be there yet.
+    entries : sequence of ManifestEntry
+    config : Config
+    again : collection of str
+        Images to be done again though they were tried.
+    changes : tuple of str
+        Handed on to the plan.
+    """
     begun = folder.record.is_file()
     tried = finished_images(folder) if begun else {}
+    for image_id in again:
+        tried.pop(image_id, None)
     todo = [entry for entry in entries if entry.image_id not in tried]
-    sizes = _sizes(evenly(todo, _SAMPLE))
-    sample = min(len(todo), _SAMPLE)
-    receipts = [r for r in islice(iter_receipts(folder), 20 * _SAMPLE) if r.status == "done"] if begun else []
-    bytes_each = _GUESSED_CANDIDATES * (3 * 4 * config.cutouts.size**2 / _COMPRESSION + _ROW_BYTES)
-    if receipts:
-        bytes_each = float(np.mean([_written(folder, r.image_id) for r in evenly(receipts, _SAMPLE)]))
+    statuses = [tried[entry.image_id] for entry in entries if entry.image_id in tried]
+    sample = evenly(todo, _SAMPLE)
+    sizes = _sizes(sample)
+    receipts = [r for r in islice(iter_receipts(folder), _RECEIPTS) if r.status == "done"] if begun else []
     return Plan(
         images=len(entries),
-        done=sum(status == "done" for status in tried.values()),
-        failed=sum(status != "done" for status in tried.values()),
+        done=statuses.count("done"),
+        failed=len(statuses) - statuses.count("done"),
         missing=len(todo),
         missing_files=sum(size is None for size in sizes.values()),
-        bytes_in=sum(size or 0 for size in sizes.values()) * len(todo) / max(sample, 1),
-        bytes_out=bytes_each * len(todo),
-        files_out=_FILES * len(todo),
+        bytes_in=_bytes_in(sample, sizes) * len(todo),
+        bytes_out=(_bytes_out(folder) or _guessed_bytes(receipts, config)) * len(todo),
+        files_out=_files_out(len(todo), scored=bool(config.classify.model)),
+        need=largest_need(todo, sizes),
         measured=len(receipts),
-        seconds_per_image=float(np.mean([sum(r.seconds.values()) for r in receipts])) if receipts else np.nan,
+        seconds_per_image=_mean([sum(r.seconds.values()) for r in receipts]),
+        cpu_seconds_per_image=_mean([r.cpu_seconds for r in receipts]),
         peak_memory_mb=max((r.peak_memory_mb for r in receipts), default=np.nan),
-        pixels=image_pixels(todo),
         wanted_spread=config.spread,
         tile=config.subtract.tile,
         threads=config.threads,
+        changes=changes,
     )
 
 
@@ -146,15 +201,29 @@ def images_at_once(n_images: int, workers: int) -> int:
     return n_images if n_images < workers else 1
 
 
+def largest_need(entries: Sequence[ManifestEntry], sizes: dict[Path, int | None] | None = None) -> Prediction:
+    """Memory of the image that needs the most, of some spread over the manifest and of those with the largest files.
+
+    Parameters
+    ----------
+    entries : sequence of ManifestEntry
+    sizes : dict, optional
+        Bytes of the files of a sample of them, where they have been looked at.
+    """
+    sample = evenly(entries, _SAMPLE)
+    sizes = _sizes(sample) if sizes is None else sizes
+    largest = sorted(sample, key=lambda entry: _size_of(entry, sizes), reverse=True)[:_HEADERS]
+    chosen = {entry.image_id: entry for entry in (*evenly(entries, _HEADERS), *largest)}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = [prediction for prediction in pool.map(predict_image, chosen.values()) if prediction is not None]
+    if not found:
+        return Prediction()
+    return replace(max(found, key=lambda prediction: prediction.bytes), looked_at=len(found))
+
+
 def image_pixels(entries: Sequence[ManifestEntry]) -> int:
-    """Pixels of the largest of a few of the images, from their headers; 0 where none can be read."""
-    largest = 0
-    for entry in evenly(entries, _LOOKED_AT):
-        try:
-            largest = max(largest, math.prod(inspect_image(entry.new).shape))
-        except (BatchprocError, OSError):  # the image's own task will say what is wrong
-            continue
-    return largest
+    """Pixels of the largest of some of the images, from their headers; 0 where none can be read."""
+    return largest_need(entries).pixels
 
 
 def evenly(items: Sequence[T], n: int) -> list[T]:
@@ -162,21 +231,60 @@ def evenly(items: Sequence[T], n: int) -> list[T]:
     return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, min(n, len(items))).astype(int))]
 
 
+def _files(entry: ManifestEntry) -> list[Path]:
+    """Every file that reading the image opens, as far as the manifest names it."""
+    optional = (entry.new_mask, entry.new_variance, entry.new_psf, *entry.ref_mask, *entry.ref_variance, *entry.ref_psf)
+    return [split_hdu(spec)[0] for spec in (entry.new, *entry.ref, *optional) if spec]
+
+
 def _sizes(entries: Iterable[ManifestEntry]) -> dict[Path, int | None]:
     """Every file of the images once, with its size; None where it is not there."""
-    sizes: dict[Path, int | None] = {}
-    for e in entries:
-        optional = (e.new_mask, e.new_variance, e.new_psf, *e.ref_mask, *e.ref_variance, *e.ref_psf)
-        for spec in (e.new, *e.ref, *optional):
-            if spec:
-                path = split_hdu(spec)[0]
-                if path not in sizes:
-                    sizes[path] = path.stat().st_size if path.is_file() else None
-    return sizes
+    paths = list(dict.fromkeys(path for entry in entries for path in _files(entry)))
+
+    def size(path: Path) -> int | None:
+        return path.stat().st_size if path.is_file() else None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return dict(zip(paths, pool.map(size, paths), strict=True))
 
 
-def _written(folder: RunFolder, image_id: str) -> int:
-    paths = [folder.catalogue_part(image_id), folder.marker(image_id)]
-    for where, _, names in os.walk(folder.stamps_part(image_id)):
-        paths += [Path(where) / name for name in names]
-    return sum(path.stat().st_size for path in paths if path.is_file())
+def _size_of(entry: ManifestEntry, sizes: dict[Path, int | None]) -> int:
+    return sum(sizes.get(path) or 0 for path in _files(entry))
+
+
+def _bytes_in(sample: Sequence[ManifestEntry], sizes: dict[Path, int | None]) -> float:
+    """That an image reads: a reference is read once for each image that has it."""
+    return sum(_size_of(entry, sizes) for entry in sample) / max(len(sample), 1)
+
+
+def _guessed_bytes(receipts: Sequence[Receipt], config: Config) -> float:
+    candidates = _mean([r.n_candidates for r in receipts]) if receipts else _GUESSED_CANDIDATES
+    return candidates * (3 * 4 * config.cutouts.size**2 / _COMPRESSION + _ROW_BYTES)
+
+
+def _bytes_out(folder: RunFolder) -> float:
+    """That a finished image left, from a sample of files; 0 where there are none."""
+    n_bytes, images = 0, 0
+    for marker in evenly(sorted(folder.done.glob("[!.]*")), _SAMPLE) if folder.done.is_dir() else []:
+        name = marker.stem if marker.suffix == ".parquet" else marker.name.removesuffix(".json")
+        try:
+            images += pq.read_metadata(marker).num_rows if marker.suffix == ".parquet" else 1
+        except OSError:  # it has gone into a pack
+            continue
+        stamps = (Path(where) / file for where, _, files in os.walk(folder.stamps / f"{name}.zarr") for file in files)
+        for path in (marker, folder.catalogue / f"{name}.parquet", *stamps):
+            n_bytes += path.stat().st_size if path.is_file() else 0
+    return n_bytes / max(images, 1)
+
+
+def _files_out(images: int, *, scored: bool) -> int:
+    """Files and folders that so many images leave behind."""
+    if not images:
+        return 0
+    packs, rest = divmod(images, _PACK_IMAGES)
+    kept = packs + (1 if rest >= _PACK_LEAST else rest)
+    return _RUN_FILES + _FILES * kept + (1 + math.ceil(images / _SCORE_IMAGES) if scored else 0)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else math.nan

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from batchproc.distribute.tiles import tiles_under_way
+from batchproc.distribute.clusters import Where, expected_workers, worker_memory
 from batchproc.errors import BatchprocError, UsageError
 from batchproc.io.fitsfile import open_fits
 from batchproc.io.images import ImageInfo, inspect_image
 from batchproc.records import ManifestEntry
 
-__all__ = ["Prediction", "check_memory", "predict_image", "predict_memory", "tile_bytes"]
+__all__ = ["Fit", "Prediction", "check_memory", "fit", "predict_image", "predict_memory", "tile_bytes"]
 
 _PROCESS = 432e6  # Python, NumPy, Numba's code, Dask, Arrow, Zarr, FFTW's plans: before the first pixel
 _TILE = 72  # bytes a pixel of a frame: four planes, eight spectra, six results
@@ -66,7 +66,7 @@ class Prediction:
         return math.prod(self.shape)
 
 
-def predict_memory(new: int, refs: Sequence[int], *, variance: bool = False, tile: int = 1024, tiles: int = 1) -> int:
+def predict_memory(new: int, refs: Sequence[int], *, variance: bool = False) -> int:
     """Largest size of a worker process while it works on one image, in bytes; not less than what is measured.
 
     Parameters
@@ -77,10 +77,6 @@ def predict_memory(new: int, refs: Sequence[int], *, variance: bool = False, til
         Pixels of each reference.
     variance : bool
         The images come with variance planes.
-    tile : int
-        ``subtract.tile``, pixels.
-    tiles : int
-        Tiles under way at a time, where they are spread; one by one they fit into what aligning has left.
     """
     k, v = len(refs), float(variance)
     subtracting = new * (_SUBTRACTING + v * _SUBTRACTING_VARIANCE)
@@ -89,11 +85,10 @@ def predict_memory(new: int, refs: Sequence[int], *, variance: bool = False, til
         + sum(refs) * (_REF + v * _VARIANCE)
         + max([new, *refs]) * (_AT_WORK + v * _VARIANCE_AT_WORK)
     )
-    frames = (tiles - 1) * tile**2 * _TILE
-    return int(_MARGIN * (_PROCESS + max(subtracting, aligning) + frames))
+    return int(_MARGIN * (_PROCESS + max(subtracting, aligning)))
 
 
-def predict_image(entry: ManifestEntry, *, tile: int = 1024, tiles: int = 1) -> Prediction | None:
+def predict_image(entry: ManifestEntry) -> Prediction | None:
     """The `Prediction` for an image, from the headers of its files; None where they cannot be read."""
     try:
         infos = [inspect_image(path) for path in (entry.new, *entry.ref)]
@@ -101,13 +96,38 @@ def predict_image(entry: ManifestEntry, *, tile: int = 1024, tiles: int = 1) -> 
     except (BatchprocError, OSError):  # the image's own task will say what is wrong
         return None
     new, *refs = (info.shape for info in infos)
-    needed = predict_memory(math.prod(new), [math.prod(ref) for ref in refs], variance=variance, tile=tile, tiles=tiles)
+    needed = predict_memory(math.prod(new), [math.prod(ref) for ref in refs], variance=variance)
     return Prediction(entry.image_id, needed, new, tuple(refs), 1)
 
 
-def tile_bytes(tile: int, workers: int) -> int:
-    """Memory of all tiles of one image that are under way at a time, beyond the image's own."""
-    return tiles_under_way(workers) * tile**2 * _TILE
+def tile_bytes(tile: int, tiles: int) -> int:
+    """Memory of so many tiles of this side, pixels, that are under way at a time where they are spread.
+
+    One after the other they fit into what aligning has left.
+    """
+    return tiles * tile**2 * _TILE
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What an image needs, and what a worker may have.
+
+    Attributes
+    ----------
+    need : Prediction
+    limit : int or None
+        Bytes of a worker; None where nobody knows.
+    workers : int or None
+        That share the memory of one machine; None where a profile gives each its own.
+    """
+
+    need: Prediction
+    limit: int | None
+    workers: int | None
+
+    def check(self) -> None:
+        """`check_memory` of these."""
+        check_memory(self.need, self.limit, self.workers)
 
 
 def check_memory(prediction: Prediction, worker_memory: int | None, workers: int | None = None) -> None:
@@ -141,6 +161,25 @@ def check_memory(prediction: Prediction, worker_memory: int | None, workers: int
         f"image {prediction.image_id} ({nx} x {ny} pixels, {n} reference{'s' * (n != 1)}) needs about "
         f"{prediction.bytes / 1e9:.2g} GB, and a worker may have {_USABLE * worker_memory / 1e9:.2g} GB: {advice}"
     )
+
+
+def fit(need: Prediction, where: Where, *, images: int, threads: int, large: int | None = None, tiles: int = 0) -> Fit:
+    """How an image fits into the workers there will be, known before anything is started.
+
+    Parameters
+    ----------
+    need : Prediction
+    where : Where
+    images, threads, large : int
+        As `tasks`, `threads` and `large` of `batchproc.distribute.clusters.worker_memory`.
+    tiles : int
+        Bytes of tiles under way, where they are spread: beyond the image's own.
+    """
+    workers = 1 if where.cluster == "serial" else expected_workers(where, threads)
+    if need.bytes:
+        need = replace(need, bytes=need.bytes + tiles)
+    share = min(workers, large or images) if where.cluster in ("serial", "local") else None
+    return Fit(need, worker_memory(where, threads, images, large), share)
 
 
 def _has_variance(info: ImageInfo) -> bool:

@@ -24,7 +24,16 @@ from typing import Any, Self
 from batchproc.io.atomic import TEMPORARY
 from batchproc.io.run_folder import RunFolder
 
-__all__ = ["BEAT_S", "FINISHED", "EventLog", "NullEvents", "events_file", "heartbeat_file", "read_events", "read_heartbeat"]
+__all__ = [
+    "BEAT_S",
+    "FINISHED",
+    "EventLog",
+    "NullEvents",
+    "events_file",
+    "heartbeat_file",
+    "read_events",
+    "read_heartbeat",
+]
 
 #: The heartbeat is replaced so often at most, seconds; a driver that works never lets it grow much older.
 BEAT_S = 10.0

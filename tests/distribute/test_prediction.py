@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from astropy.io import fits
 
-from batchproc.distribute.prediction import Prediction, check_memory, predict_image, predict_memory
+from batchproc.distribute.prediction import Prediction, check_memory, predict_image, predict_memory, tile_bytes
 from batchproc.errors import UsageError
 from batchproc.records import ManifestEntry
 from tests.benchmarks.memory import CASES, measured_and_predicted
@@ -29,7 +29,7 @@ def test_more_of_anything_needs_more() -> None:
     assert predict_memory(10**7, [10**8]) > little
     assert predict_memory(10**7, [10**7] * 4) > predict_memory(10**7, [10**7] * 3) > little
     assert predict_memory(10**7, [10**7], variance=True) > little
-    assert predict_memory(10**7, [10**7], tiles=4) > little
+    assert tile_bytes(1024, 4) == 2 * tile_bytes(1024, 2) > 10**8
 
 
 def write(path: Path, shape: tuple[int, int], **extensions: tuple[int, int]) -> str:
