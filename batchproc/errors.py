@@ -19,6 +19,7 @@
     │   └── CrashError                ends the process that works on it, also when that has nothing else to do
     ├── ModelError                    a model that cannot be loaded or does not fit its input
     ├── StorageError                  the run folder cannot be written (full, read-only)        exit code 3
+    ├── DamagedRunError               something that was stored is torn, missing or altered     exit code 3
     └── ClusterError                  no workers any more, or no scheduler                      exit code 3
 
 Anything else that escapes from a task is a bug (exit code 3) and is recorded with its traceback.
@@ -55,6 +56,10 @@ class ModelError(BatchprocError):
 
 class StorageError(BatchprocError):
     """The run folder cannot be written: full, over its quota, read-only. No image is to blame; the campaign stops."""
+
+
+class DamagedRunError(BatchprocError):
+    """Something in a run folder is torn, missing or altered; ``batchproc verify RUN --repair`` tells what."""
 
 
 class ClusterError(BatchprocError):

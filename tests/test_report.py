@@ -89,7 +89,9 @@ def make_run(path, candidates=(12, 7), failed=(), scores=False, size=15):
         values = np.where(catalogue["flags"].to_numpy() == 0, 0.9, 0.1).astype(np.float32)
         (folder.scores / "realbogus").mkdir(parents=True)
         part = folder.scores / "realbogus" / "0.parquet"
-        write_scores(part, ids, catalogue["candidate_id"].to_numpy(object), values, model)
+        write_scores(
+            part, catalogue["image_id"].to_numpy(object), catalogue["candidate_id"].to_numpy(object), values, model
+        )
     return catalogue
 
 

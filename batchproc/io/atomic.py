@@ -12,7 +12,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from urllib.parse import quote
@@ -53,11 +53,14 @@ def part_name(identity: str) -> str:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path to write a file or a folder to, which takes the place of `path` when the block ends well.
 
-    The folder of `path` must exist. When the block raises, or the process dies in it, `path` is untouched.
+    The folder of `path` must exist. When the block raises, or leaves nothing under the temporary name, or the process
+    dies in it, `path` is untouched.
     """
     temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}-{path.name}"[:250])
     try:
         yield temporary
+        if not temporary.exists():
+            return
         _sync_tree(temporary)
         rename(temporary, path)
         _sync(path.parent)
@@ -99,8 +102,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder; one that is not there is fine."""
+    """Delete a file or a folder; one that is not there is fine. A folder is there whole or not at all, here too."""
     if path.is_dir():
+        if not path.name.startswith(TEMPORARY):
+            aside = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+            with suppress(FileNotFoundError):
+                os.replace(path, aside)
+            path = aside
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

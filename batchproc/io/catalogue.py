@@ -2,30 +2,34 @@
 
 Units and meanings of `batchproc.records.CATALOGUE` are in the metadata of each field. A part numbers its stamps from 0;
 `open_catalogue` counts them through the whole run, as `batchproc.io.stamps.open_stamps` does. Scores are rows of
-``scores/MODEL/*.parquet`` with the candidate's id, so that scoring rewrites nothing that is finished.
+``scores/MODEL/*.parquet`` with the candidate's id, so that scoring rewrites nothing that is finished; each part of them
+says which images it is about, and by the digest of their stamps, whether it still is.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
-import pyarrow.dataset as ds
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from batchproc.errors import RunMismatchError, UsageError
+from batchproc.errors import DamagedRunError, RunMismatchError, UsageError
 from batchproc.io.atomic import replacing
-from batchproc.io.progress import Index, read_index
+from batchproc.io.index import Index, Place, read_index, read_moving
 from batchproc.io.run_folder import RunFolder
 from batchproc.records import CATALOGUE
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "PARQUET",
@@ -33,6 +37,7 @@ __all__ = [
     "make_rows",
     "open_catalogue",
     "read_part",
+    "read_place",
     "scored_images",
     "write_part",
     "write_scores",
@@ -81,6 +86,30 @@ def read_part(path: Path, columns: Sequence[str] | None = None) -> dict[str, NDA
     """Rows of one image by column, as `write_part` took them."""
     table = pq.read_table(path, columns=None if columns is None else list(columns))
     return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def read_rows(folder: RunFolder, places: Sequence[Place], columns: Sequence[str] | None = None) -> pa.Table:
+    """Rows of some images, one after the other, wherever they lie and move to; ``stamp_index`` counts within each.
+
+    Raises
+    ------
+    DamagedRunError
+        They are not there though they should be.
+    """
+    names = SCHEMA.names if columns is None else list(columns)
+
+    def read(found: Sequence[Place]) -> pa.Table:
+        parts = [_only(names).empty_table()]
+        for _, together in groupby(found, lambda place: place.pack or place.image_id):
+            parts += _rows_of(folder, list(together), names)
+        return pa.concat_tables(parts)
+
+    return read_moving(folder, [place for place in places if place.n], read)
+
+
+def read_place(folder: RunFolder, place: Place) -> pa.Table:
+    """Rows of one image where it lies; raises FileNotFoundError where it has moved."""
+    return _rows_of(folder, [place], SCHEMA.names)[0]
 
 
 def open_catalogue(
@@ -140,7 +169,7 @@ def open_catalogue(
 
 
 def write_scores(
-    path: Path, image_ids: Sequence[str], candidate_ids: NDArray, scores: NDArray[np.float32], model: Any
+    path: Path, image_ids: NDArray, candidate_ids: NDArray, scores: NDArray[np.float32], model: Any
 ) -> None:
     """Write the scores of a chunk of candidates, whole or not at all.
 
@@ -148,27 +177,27 @@ def write_scores(
     ----------
     path : Path
         In ``RUN/scores/MODEL/``.
-    image_ids : sequence of str
-        The images that the chunk consists of, each whole.
-    candidate_ids : ndarray (n,)
+    image_ids, candidate_ids : ndarray (n,)
+        Of each candidate; every image is there with all its candidates.
     scores : ndarray (n,) or (n, n_classes) float32
         NaN: not scored.
     model : Model
         Its name, version, hash and normalisation go into the schema's metadata.
     """
     by_name = dict(zip(_score_names(model, scores), scores.reshape(len(scores), -1).T, strict=True))
-    fields = [pa.field("candidate_id", pa.string())]
+    fields = [pa.field(name, pa.string()) for name in ("candidate_id", "image_id")]
     fields += [pa.field(name, pa.float32(), metadata={"unit": "", "meaning": "score"}) for name in by_name]
     metadata = {
         "model": model.name,
         "version": str(model.version),
         "hash": model.hash,
         "normalisation": str(model.normalisation),
-        "images": json.dumps(list(image_ids)),
+        "images": json.dumps(list(dict.fromkeys(image_ids))),
     }
-    table = pa.table({"candidate_id": pa.array(candidate_ids, pa.string()), **by_name}, pa.schema(fields, metadata))
+    names = {"candidate_id": pa.array(candidate_ids, pa.string()), "image_id": pa.array(image_ids, pa.string())}
+    table = pa.table({**names, **by_name}, pa.schema(fields, metadata))
     with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(table, temporary, **PARQUET)
 
 
 def scored_images(folder: RunFolder, model: Any) -> set[str]:
@@ -192,21 +221,91 @@ def scored_images(folder: RunFolder, model: Any) -> set[str]:
     return images
 
 
+def forget_scores(folder: RunFolder, image_ids: Collection[str]) -> None:
+    """Take images out of the scores of all models, which then count as not scored."""
+    for path in (part for model in folder.scores.glob("*/") for part in _score_parts(model)):
+        metadata = pq.read_schema(path).metadata
+        before = json.loads(metadata[b"images"])
+        left = [image_id for image_id in before if image_id not in image_ids]
+        if not left:
+            path.unlink()
+        elif len(left) < len(before):
+            table = pq.read_table(path)
+            table = table.filter(pc.is_in(table["image_id"], pa.array(left, pa.string())))
+            table = table.replace_schema_metadata({**metadata, b"images": json.dumps(left)})
+            with replacing(path) as temporary:
+                pq.write_table(table, temporary, **PARQUET)
+
+
+def _rows_of(folder: RunFolder, places: Sequence[Place], names: Sequence[str]) -> list[pa.Table]:
+    """Rows of some images in one file, of which only the row groups are read that they are in."""
+    first = min(place.row for place in places)
+    last = max(place.row + place.n for place in places)
+    with pq.ParquetFile(places[0].catalogue(folder)) as file:
+        about = file.metadata
+        starts = np.cumsum([0, *(about.row_group(i).num_rows for i in range(about.num_row_groups))])
+        groups = [i for i in range(about.num_row_groups) if starts[i] < last and starts[i + 1] > first]
+        table = file.read_row_groups(groups, columns=list(names)).select(list(names)).cast(_only(names))
+    start = int(starts[groups[0]]) if groups else 0
+    parts = [table.slice(place.row - start, place.n) for place in places]
+    for place, part in zip(places, parts, strict=True):
+        if len(part) != place.n:
+            raise DamagedRunError(
+                f"{place.catalogue(folder)}: {len(part)} rows of the image {place.image_id}, {place.n} in its marker; "
+                f"`batchproc verify {folder.path} --repair` finds all that is altered"
+            )
+    return parts
+
+
 def _read_parts(folder: RunFolder, index: Index, wanted: Iterable[str], filters: Sequence[Filter]) -> pd.DataFrame:
     columns = [name for name in SCHEMA.names if name in {*wanted, "candidate_id", "image_id", "stamp_index"}]
     condition = None
     for name, operator, value in filters:
         part = pq.filters_to_expression([(name, operator, value)])
         condition = part if condition is None else condition & part
-    files = [str(folder.catalogue_part(image_id)) for image_id in index.image_ids]
-    if files:
-        table = ds.dataset(files, schema=SCHEMA, format="parquet").to_table(columns=columns, filter=condition)
-    else:
-        table = SCHEMA.empty_table().select(columns)
-    offsets = pd.Series(index.offsets[:-1], index=pd.Index(index.image_ids, dtype=object))
-    catalogue: pd.DataFrame = table.to_pandas()
-    catalogue["stamp_index"] += offsets.reindex(catalogue["image_id"].astype(object)).to_numpy(np.int64)
+
+    def read(places: Sequence[Place]) -> list[pa.Table]:
+        return _filtered(folder, places, columns, condition)
+
+    # Files of their own first: they are what moves while we read.
+    parts = [_only(columns).empty_table()]
+    for some in (np.flatnonzero(index.pack < 0), np.flatnonzero(index.pack >= 0)):
+        parts += read_moving(folder, index.places(some.tolist()), read)
+    offsets = dict(zip(index.image_ids, index.offsets[:-1].tolist(), strict=True))
+    catalogue: pd.DataFrame = pa.concat_tables(parts).to_pandas()
+    catalogue["stamp_index"] += np.array([offsets[i] for i in catalogue["image_id"]], np.int64)
     return catalogue.sort_values("stamp_index", ignore_index=True)
+
+
+def _filtered(folder: RunFolder, places: Sequence[Place], columns: Sequence[str], condition: Any) -> list[pa.Table]:
+    """Those rows of some images that fulfil a condition."""
+    import pyarrow.dataset as ds
+
+    def rows(paths: list[Path], condition: Any) -> pa.Table:
+        files = ds.dataset([str(path) for path in paths], schema=SCHEMA, format="parquet")
+        return files.to_table(columns=list(columns), filter=condition)
+
+    whole, parts = [], []
+    for pack, together in groupby(sorted(places, key=lambda place: place.pack), lambda place: place.pack):
+        some = list(together)
+        path = some[0].catalogue(folder)
+        if not pack:
+            whole += [place.catalogue(folder) for place in some]
+        elif _n_rows(path) == sum(place.n for place in some):
+            whole.append(path)
+        else:  # an image of this pack lies, newer, in another place
+            here = pc.field("image_id").isin([place.image_id for place in some])
+            parts.append(rows([path], here if condition is None else condition & here))
+    return [*parts, rows(whole, condition)] if whole else parts
+
+
+def _n_rows(path: Path) -> int:
+    with pq.ParquetFile(path) as file:
+        return int(file.metadata.num_rows)
+
+
+def _only(columns: Sequence[str]) -> pa.Schema:
+    return pa.schema([SCHEMA.field(name) for name in columns])
 
 
 @dataclass(frozen=True)
@@ -228,7 +327,7 @@ def _score_columns(folder: RunFolder) -> dict[str, _Scores]:
             columns = {
                 f"score_{metadata['model']}{name.removeprefix('score')}": name
                 for name in schema.names
-                if name != "candidate_id"
+                if name not in ("candidate_id", "image_id")
             }
             about = {key: metadata[key] for key in ("version", "hash", "normalisation")}
             models[metadata["model"]] = _Scores(parts, columns, about)
@@ -236,7 +335,10 @@ def _score_columns(folder: RunFolder) -> dict[str, _Scores]:
 
 
 def _read_scores(model: _Scores) -> pd.DataFrame:
-    frame = ds.dataset(model.parts, format="parquet").to_table().to_pandas()
+    import pyarrow.dataset as ds
+
+    columns = ["candidate_id", *model.columns.values()]
+    frame = ds.dataset(model.parts, format="parquet").to_table(columns=columns).to_pandas()
     # A chunk that was scored twice (a driver was killed, and the next one cut other chunks) gave the same scores.
     return frame.drop_duplicates("candidate_id").set_index("candidate_id")[list(model.columns.values())]
 

@@ -38,6 +38,7 @@ __all__ = [
     "entry_digest",
     "file_digest",
     "input_digest",
+    "input_files",
     "marker_row",
     "now",
     "read_marker",
@@ -257,22 +258,22 @@ def file_digest(path: Path) -> str:
     return found.hexdigest()[:32]
 
 
+def input_files(entry: ManifestEntry) -> list[Path]:
+    """The files that a row of the manifest names."""
+    planes = (entry.new_mask, entry.new_variance, entry.new_psf)
+    specs = (entry.new, *entry.ref, *planes, *entry.ref_mask, *entry.ref_variance, *entry.ref_psf)
+    return [split_hdu(spec)[0] for spec in specs if spec]
+
+
 def input_digest(entry: ManifestEntry) -> str:
     """Of the names, sizes and times of the files of an image; a file that changes afterwards gives another one."""
-    said = []
-    for spec in (
-        entry.new,
-        *entry.ref,
-        *(entry.new_mask, entry.new_variance, entry.new_psf),
-        *(*entry.ref_mask, *entry.ref_variance, *entry.ref_psf),
-    ):
-        if spec:
-            path = split_hdu(spec)[0]
-            try:
-                found = os.stat(path)
-                said.append([str(path), found.st_size, found.st_mtime_ns])
-            except OSError:
-                said.append([str(path), None, None])
+    said: list[list[Any]] = []
+    for path in input_files(entry):
+        try:
+            found = os.stat(path)
+            said.append([str(path), found.st_size, found.st_mtime_ns])
+        except OSError:
+            said.append([str(path), None, None])
     return _short(json.dumps(said).encode())
 
 

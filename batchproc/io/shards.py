@@ -8,7 +8,7 @@ the index. Chunks that are copied from one shard to another keep their bytes, wh
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 
 __all__ = ["Shard", "open_shard", "write_chunks", "write_shard"]
 
-SHARD = "c.0.0.0.0"  # the name of the only shard of a store of four dimensions
+SHARD = "c.0.0.0.0"  # the only shard of a store of four dimensions, as we write them
 _EMPTY = 2**64 - 1
 _CRC_BYTES = 4
 
@@ -55,9 +55,12 @@ class Shard:
         ValueError
             The file is cut short or its index is altered.
         """
+        yield from self.some(range(self.n_chunks)[first:stop])
+
+    def some(self, numbers: Sequence[int]) -> Iterator[bytes | None]:
+        """The encoded chunks with these numbers; as `chunks`."""
         with self.path.open("rb") as file:
-            index = self._read_index(file)
-            for offset, length in index[first:stop].tolist():
+            for offset, length in self._read_index(file)[list(numbers)].tolist():
                 if offset == length == _EMPTY:
                     yield None
                     continue
@@ -107,7 +110,8 @@ def open_shard(store: Path) -> Shard:
         kind = {"chunk": [rows, *rest], "codecs": inside["codecs"], "type": said["data_type"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: no description of a store of stamps ({type(error).__name__}: {error})") from error
-    return Shard(store / SHARD, n_rows, rows, kind)
+    separator = said.get("chunk_key_encoding", {}).get("configuration", {}).get("separator", "/")
+    return Shard(store / SHARD.replace(".", separator), n_rows, rows, kind)
 
 
 def write_shard(store: Path, chunks: Iterable[bytes | None]) -> None:

@@ -4,27 +4,32 @@
 ``RUN/catalogue/IMAGE.parquet``: new, ref, difference, in the file units of new, NaN where there is no data. It is one
 shard (two files an image, however many stamps), cut into inner chunks of 32 rows, each compressed by Blosc (zstd,
 level 1, bit-shuffled): any Zarr reader opens it. Images without candidates have no store. A store is written by the one
-task that owns the image, so no two processes ever share a shard.
+task that owns the image, so no two processes ever share a shard. The stores of rolled-up images are joined into one a
+pack (`batchproc.io.packs`), where each image begins at a chunk of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
+from numcodecs import blosc
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
 from batchproc.io.atomic import remove, replacing
-from batchproc.io.progress import Index, read_index
+from batchproc.io.index import Index, Place, read_index, read_moving
 from batchproc.io.run_folder import RunFolder
+from batchproc.io.shards import Shard, open_shard
 
-__all__ = ["CHUNK_ROWS", "Stamps", "open_stamps", "read_stamps", "write_stamps"]
+__all__ = ["CHUNK_ROWS", "Stamps", "create_store", "open_stamps", "read_stamps", "read_stamps_of", "write_stamps"]
 
 CHUNK_ROWS = 32
 _PLANES = ("new", "ref", "difference")
+_COMPRESSOR = BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle", typesize=4)
 
 
 def write_stamps(path: Path, stamps: NDArray[np.float32]) -> None:
@@ -33,29 +38,61 @@ def write_stamps(path: Path, stamps: NDArray[np.float32]) -> None:
         remove(path)
         return
     stamps = np.ascontiguousarray(stamps, np.float32)
-    rows = -(-len(stamps) // CHUNK_ROWS) * CHUNK_ROWS
     with replacing(path) as temporary:
-        array = zarr.create_array(
-            store=str(temporary),
-            shape=stamps.shape,
-            dtype=stamps.dtype,
-            chunks=(CHUNK_ROWS, *stamps.shape[1:]),
-            shards=(rows, *stamps.shape[1:]),
-            compressors=BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle", typesize=stamps.itemsize),
-            fill_value=np.nan,
-            chunk_key_encoding={"name": "default", "separator": "."},  # no folders in the folder
-            dimension_names=("candidate", "plane", "y", "x"),
-            attributes={"planes": list(_PLANES), "unit": "file unit of new"},
-        )
-        array[:] = stamps
+        create_store(temporary, stamps.shape)[:] = stamps
+
+
+def create_store(path: Path, shape: tuple[int, ...]) -> zarr.Array:
+    """Describe a store of one shard, of which nothing is written yet."""
+    rows = -(-shape[0] // CHUNK_ROWS) * CHUNK_ROWS
+    return zarr.create_array(
+        store=str(path),
+        shape=shape,
+        dtype=np.float32,
+        chunks=(CHUNK_ROWS, *shape[1:]),
+        shards=(rows, *shape[1:]),
+        compressors=_COMPRESSOR,
+        fill_value=np.nan,
+        chunk_key_encoding={"name": "default", "separator": "."},  # no folders in the folder
+        dimension_names=("candidate", "plane", "y", "x"),
+        attributes={"planes": list(_PLANES), "unit": "file unit of new"},
+    )
 
 
 def read_stamps(path: Path, rows: Any = slice(None)) -> NDArray[np.float32]:
-    """Stamps of one image: all, a slice, or an array of row numbers in any order."""
-    array = zarr.open_array(store=str(path), mode="r")
-    if isinstance(rows, slice):
-        return np.asarray(array[rows])
-    return np.asarray(array.oindex[np.asarray(rows)])
+    """Stamps of one store: all, a slice, or an array of row numbers in any order.
+
+    Equivalent to ``zarr.open_array(path, mode="r").oindex[rows]``, but a store that goes away meanwhile is an error and
+    not NaN.
+
+    Raises
+    ------
+    FileNotFoundError
+        The store is not there (any more).
+    ValueError
+        It is altered.
+    """
+    shard = open_shard(path)
+    if [codec["name"] for codec in shard.kind["codecs"]] != ["bytes", "blosc"]:
+        raise ValueError(f"{path}: stamps in another encoding than ours: {shard.kind['codecs']}")
+    wanted = np.arange(shard.n_rows)[rows]
+    numbers, which = np.unique(wanted // shard.rows_per_chunk, return_inverse=True)
+    stamps = np.empty((len(wanted), *shard.kind["chunk"][1:]), np.float32)
+    for i, chunk in enumerate(shard.some(numbers.tolist())):
+        here = np.flatnonzero(which == i)
+        stamps[here] = np.nan if chunk is None else _decode(shard, chunk)[wanted[here] % shard.rows_per_chunk]
+    return stamps
+
+
+def read_stamps_of(folder: RunFolder, places: Sequence[Place]) -> NDArray[np.float32]:
+    """All stamps ``(n, 3, h, w)`` of some images, one after the other, wherever they lie and move to.
+
+    Raises
+    ------
+    DamagedRunError
+        They are not there though they should be.
+    """
+    return read_moving(folder, [place for place in places if place.n], lambda found: _read_all(folder, found))
 
 
 class Stamps:
@@ -77,17 +114,21 @@ class Stamps:
         if isinstance(rows, (int, np.integer)):
             if not -len(self) <= rows < len(self):
                 raise IndexError(f"stamp {rows} of {len(self)}")
-            image, row = self._locate(np.array([rows % len(self)]))
-            return read_stamps(self._part(image[0]), slice(row[0], row[0] + 1))[0]
+            return self[np.array([rows % len(self)])][0]
         wanted = np.arange(len(self))[np.asarray(rows) if not isinstance(rows, slice) else rows]
         stamps = np.empty((len(wanted), *self.shape[1:]), np.float32)
-        images, local = self._locate(wanted)
-        for image in np.unique(images):  # each store is opened once, whatever the order asked for
-            here = np.flatnonzero(images == image)
-            unique, back = np.unique(local[here], return_inverse=True)
-            whole = len(unique) == unique[-1] - unique[0] + 1
-            stored = read_stamps(self._part(image), slice(unique[0], unique[-1] + 1) if whole else unique)
-            stamps[here] = stored[back]
+        images = np.searchsorted(self._index.offsets, wanted, side="right") - 1
+        local = wanted - self._index.offsets[images]
+
+        def read(places: Sequence[Place]) -> None:
+            row = np.array([place.chunk * CHUNK_ROWS for place in places])[which] + local
+            files = np.array([place.pack or place.image_id for place in places], object)[which]
+            for file in dict.fromkeys(files):  # each store is opened once, whatever the order asked for
+                here = np.flatnonzero(files == file)
+                stamps[here] = read_stamps(places[which[here[0]]].stamps(self._folder), row[here])
+
+        some, which = np.unique(images, return_inverse=True)
+        read_moving(self._folder, self._index.places(some.tolist()), read)
         return stamps
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray:
@@ -100,14 +141,7 @@ class Stamps:
         """All stamps ``(n, 3, h, w)`` of one image."""
         if image_id not in self._index.image_ids:
             return np.empty((0, *self.shape[1:]), np.float32)
-        return read_stamps(self._folder.stamps_part(image_id))
-
-    def _locate(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        images = np.searchsorted(self._index.offsets, rows, side="right") - 1
-        return images, rows - self._index.offsets[images]
-
-    def _part(self, image: int) -> Path:
-        return self._folder.stamps_part(self._index.image_ids[image])
+        return read_stamps_of(self._folder, [self._index.place(self._index.image_ids.index(image_id))])
 
 
 def open_stamps(run: str | Path) -> Stamps:
@@ -131,3 +165,22 @@ def open_stamps(run: str | Path) -> Stamps:
     """
     folder = RunFolder.existing(run)
     return Stamps(folder, read_index(folder), folder.config().cutouts.size)
+
+
+def _read_all(folder: RunFolder, places: Sequence[Place]) -> NDArray[np.float32]:
+    parts = []
+    for place in places:
+        first = place.chunk * CHUNK_ROWS
+        parts.append(read_stamps(place.stamps(folder), slice(first, first + place.n)))
+    if not parts:
+        size = folder.config().cutouts.size
+        return np.empty((0, len(_PLANES), size, size), np.float32)
+    return np.concatenate(parts)
+
+
+def _decode(shard: Shard, chunk: bytes) -> NDArray[np.float32]:
+    shape = shard.kind["chunk"]
+    try:
+        return np.frombuffer(blosc.decompress(chunk), "<f4").reshape(shape)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{shard.path}: a chunk of it is altered ({error})") from error

@@ -23,7 +23,7 @@ def score(folder, image_id, values, model=MODEL):
     ids = read_part(folder.catalogue_part(image_id), ["candidate_id"])["candidate_id"]
     folder.scores_of(model.name).mkdir(parents=True, exist_ok=True)
     path = folder.scores_of(model.name) / f"{image_id}.parquet"
-    write_scores(path, [image_id], ids, np.asarray(values, np.float32), model)
+    write_scores(path, np.full(len(ids), image_id, object), ids, np.asarray(values, np.float32), model)
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ from batchproc.io import atomic
 from batchproc.io.markers import Marker, write_marker
 from batchproc.io.progress import (
     ReceiptLog,
-    done_images,
     finished_images,
+    forget_failures,
     gather,
+    iter_failures,
     iter_receipts,
     read_status,
 )
@@ -51,7 +52,6 @@ def test_receipts_come_back(folder):
     log(folder, DONE, FAILED, BUG)
     before = list(iter_receipts(folder))
     gather(folder)
-    assert not list(folder.log.iterdir())
     assert list(iter_receipts(folder.path)) == before == [DONE, FAILED, BUG]
 
 
@@ -89,7 +89,6 @@ def test_a_marker_that_the_log_missed_is_found(folder):
     log(folder, FAILED)
     mark_done(folder, DONE)
     mark_done(folder, replace(DONE, image_id="b"))
-    assert done_images(folder, ["a", "b", "c"]) == {"a", "b"}
     assert finished_images(folder) == {"a": "done", "b": "done"}
     gather(folder)
     assert [receipt.quality["fwhm_new"] for receipt in iter_receipts(folder)] == [2.5, 2.5]
@@ -111,14 +110,39 @@ def test_status_counts(folder):
     assert status.errors == {"align: AlignError": 1, "subtract: KeyError": 1}
 
 
-def test_a_long_log_is_gathered_on_the_way(folder, monkeypatch):
-    """However long a campaign, the log is a bounded number of files."""
-    monkeypatch.setattr("batchproc.io.progress._MOST_PARTS", 3)
-    with ReceiptLog(folder, rows=1) as parts:
-        for i in range(10):
-            parts.add(replace(FAILED, message=str(i)))
-            assert len(list(folder.log.iterdir())) < 3
-    assert [receipt.message for receipt in iter_receipts(folder)] == ["9"]
+def test_a_torn_line_of_the_log_is_passed_over(folder):
+    """A driver that is killed while it writes costs one image another attempt, and no other its failure."""
+    log(folder, FAILED, replace(FAILED, image_id="d"))
+    path = folder.log / "failures.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    log(folder, BUG)
+    assert finished_images(folder) == {"b": "failed", "c": "bug"}
+    gather(folder)
+    assert finished_images(folder) == {"b": "failed", "c": "bug"}
+
+
+def test_the_log_holds_no_more_than_what_counts(folder):
+    """However often images fail, what begins a driver is one line for each that is not done."""
+    for i in range(5):
+        log(folder, replace(FAILED, message=str(i)), replace(FAILED, image_id="a"))
+    log(folder, DONE)
+    gather(folder)
+    assert len((folder.log / "failures.jsonl").read_text().splitlines()) == 1
+    assert [receipt.message for receipt in iter_receipts(folder) if receipt.status != "done"] == ["4"]
+
+
+def test_failures_are_seen_while_the_driver_works(folder):
+    """Nobody has to wait for the end to learn what fails."""
+    with ReceiptLog(folder) as log:
+        log.add(FAILED)
+        assert list(iter_failures(folder)) == [FAILED]
+
+
+def test_what_is_forgotten_has_not_failed(folder):
+    """An image whose failure is forgotten is tried again; others keep theirs."""
+    log(folder, FAILED, BUG)
+    forget_failures(folder, ["b"])
+    assert finished_images(folder) == {"c": "bug"}
 
 
 def test_strange_names_are_told_apart():
