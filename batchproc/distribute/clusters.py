@@ -103,16 +103,20 @@ class Where:
 
     def jobs(self, site: Site, threads: int, tasks: int) -> tuple[int, int]:
         """The least and the most jobs of a batch system; no more than there are tasks for."""
+        processes = site.processes(threads)
         least = site.min_jobs if self.min_jobs is None else self.min_jobs
         most = max(least, site.max_jobs) if self.max_jobs is None else self.max_jobs
         if self.workers:
-            least = most = min(most, self.workers) if self.max_jobs else self.workers
-        processes = site.processes(threads)
+            wanted = math.ceil(self.workers / processes)
+            most = wanted if self.max_jobs is None else min(wanted, most)
+            least = most if self.min_jobs is None else least
         enough = max(1, math.ceil(tasks / processes))
         return min(least, most, enough), min(most, enough)
 
     def check(self) -> None:
         """Raise `UsageError` for what `open_executor` would refuse; connects to nothing."""
+        if self.min_jobs is not None and self.max_jobs is not None and self.min_jobs > self.max_jobs:
+            raise UsageError(f"min_jobs = {self.min_jobs} is more than max_jobs = {self.max_jobs}")
         self.site()
 
 
