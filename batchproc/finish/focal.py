@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from batchproc.finish.rows import read_rows
-from batchproc.finish.work import Group, Job
-from batchproc.io.atomic import replacing
+from batchproc.finish.work import Contents, Group, Job, Product, Workshop, digest, groups_of, missing
+from batchproc.io.atomic import remove, replacing
+from batchproc.io.catalogue import read_rows
 from batchproc.io.progress import iter_receipts
 from batchproc.records import Column, Receipt
 
-__all__ = ["FOCAL_PLANES", "count", "limiting_magnitude", "write_table"]
+__all__ = ["FOCAL_PLANES", "limiting_magnitude", "make_focal_planes", "survey_focal_planes"]
 
 #: Columns of ``focal_planes.parquet``, in order.
 FOCAL_PLANES: tuple[Column, ...] = (
@@ -49,6 +50,8 @@ FOCAL_PLANES: tuple[Column, ...] = (
     Column("cpu_seconds", "float32", "s", "its CPU time"),
 )
 _MEASURED = ("fwhm_new", "fwhm_ref", "zero_point", "sigma_new", "flux_ratio", "renormalisation", "masked_fraction")
+_FORM = "1"  # of what is written: with another one older tables are made anew
+_ROW_BYTES = 60  # about, of what is written
 _COUNTS = ("n_unflagged", "n_positive", "n_negative")
 
 SCHEMA = pa.schema(
@@ -61,6 +64,36 @@ SCHEMA = pa.schema(
         for column in FOCAL_PLANES
     ]
 )
+
+
+def survey_focal_planes(contents: Contents) -> Product:
+    """What there is of the table, and what there will be."""
+    target = contents.folder.path / "focal_planes.parquet"
+    rows = pq.read_metadata(contents.folder.manifest).num_rows
+    if target.is_file():
+        said = pq.read_schema(target).metadata.get(b"batchproc_inputs", b"").decode()
+        if said == _inputs(contents):
+            return Product("focal-planes", target, "current", rows, 1, target.stat().st_size)
+    return Product("focal-planes", target, "to make", rows, 1, _ROW_BYTES * rows)
+
+
+def make_focal_planes(shop: Workshop) -> Product:
+    """Make the table, unless it is there and what the run knows now."""
+    found = survey_focal_planes(shop.contents)
+    if found.state != "to make":
+        return found
+    job = shop.job("focal-planes", _inputs(shop.contents))
+    groups = groups_of(shop.contents.index)
+    shop.step(count, job, missing(job, groups, lambda group: group.counts), "groups counted")
+    shop.step(write_table, job, [groups], "tables")
+    remove(Path(job.work))
+    return replace(survey_focal_planes(shop.contents), state="made")
+
+
+def _inputs(contents: Contents) -> str:
+    """Of what was done, and of what was said of failures."""
+    tried = (f"{r.image_id} {r.status} {r.error} {r.message}" for r in iter_receipts(contents.folder))
+    return digest(_FORM, contents.digest, *sorted(tried))
 
 
 def limiting_magnitude(quality: Mapping[str, Any], *, snr: float = 5.0) -> float:
@@ -92,8 +125,8 @@ def limiting_magnitude(quality: Mapping[str, Any], *, snr: float = 5.0) -> float
 
 def count(job: Job, group: Group) -> None:
     """Count the candidates of each image of a group: unflagged, brightened, faded."""
-    images = job.images().overlapping(group.first, group.last)
-    rows = read_rows(job.folder, images, ["scorr", "flags"])
+    images = job.images(group.first, group.last)
+    rows = read_rows(job.folder, images.places, ["scorr", "flags"])
     starts = (images.offsets[:-1] - images.offsets[0]).astype(np.intp)
     scorr, flags = rows["scorr"].to_numpy(), rows["flags"].to_numpy()
     counts = {
@@ -119,8 +152,11 @@ def write_table(job: Job, groups: Sequence[Group]) -> int:
         if receipt.image_id in places:
             for name, value in _row(receipt, renormalised).items():
                 columns[name][places[receipt.image_id]] = value
-    for name, values in _counts(job, groups).items():
-        columns[name][[places[image_id] for image_id in job.images().image_ids]] = values
+    for group in groups:
+        rows = [places[place.image_id] for place in job.images(group.first, group.last).places]
+        with np.load(job.path(group.counts)) as counted:
+            for name in _COUNTS:
+                columns[name][rows] = counted[name]
     schema = SCHEMA.with_metadata({"batchproc_inputs": job.inputs})
     table = pa.table({name: pa.array(values, SCHEMA.field(name).type) for name, values in columns.items()}, schema)
     with replacing(job.folder.path / "focal_planes.parquet") as temporary:
@@ -150,12 +186,3 @@ def _row(receipt: Receipt, renormalised: bool) -> dict[str, Any]:
         "seeing": quality.get("fwhm_new", math.nan) * (quality.get("pixel_scale") or math.nan),
         "depth": limiting_magnitude({**quality, "noise_factor": noise_factor}),
     }
-
-
-def _counts(job: Job, groups: Sequence[Group]) -> dict[str, NDArray[np.int64]]:
-    found: dict[str, list[NDArray]] = {name: [] for name in _COUNTS}
-    for group in groups:
-        with np.load(job.path(group.counts)) as counted:
-            for name, values in found.items():
-                values.append(counted[name])
-    return {name: np.concatenate(values) for name, values in found.items() if values}

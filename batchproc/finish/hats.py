@@ -14,8 +14,9 @@ driver the histogram and names. The form of what is written is in `batchproc.fin
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,16 +25,68 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from batchproc.finish import hats_format
-from batchproc.finish.rows import frozen_scores, read_rows, read_scored_rows, scored_schema
+from batchproc.finish.rows import freeze_scores, frozen_scores, read_scored_rows, scored_schema, survey_scores
 from batchproc.finish.sky import HISTOGRAM_ORDER, INDEX_ORDER, Cell, cell_of, partition, spatial_index
-from batchproc.finish.work import Group, Job
-from batchproc.io.atomic import rename, replacing, write_text
+from batchproc.finish.work import Contents, Group, Job, Product, Workshop, counted, digest, groups_of, missing
+from batchproc.io.atomic import remove, rename, replacing, write_text
+from batchproc.io.catalogue import read_rows
 
-__all__ = ["ROWS", "Piece", "histogram", "merge", "plan_partitions", "publish", "split"]
+__all__ = ["ROWS", "make_hats", "survey_hats"]
 
 #: The most rows of a partition.
 ROWS = 500_000
+
+_FORM = "1"  # of what is written: with another one older catalogues are made anew
+_ROW_BYTES = 230  # about, of what is written
 _TO_HISTOGRAM = 2 * (INDEX_ORDER - HISTOGRAM_ORDER)
+
+
+def survey_hats(contents: Contents) -> Product:
+    """What there is of the catalogue, and what there will be; reads no rows."""
+    return _survey(contents, _inputs(contents))
+
+
+def make_hats(shop: Workshop) -> Product:
+    """Make the catalogue, unless it is there and what the run holds now."""
+    contents = shop.contents
+    inputs = _inputs(contents)
+    found = _survey(contents, inputs)
+    if found.state != "to make":
+        return found
+    job = shop.job("hats", inputs)
+    freeze_scores(job, survey_scores(contents))
+    groups = groups_of(contents.index)
+    shop.step(histogram, job, missing(job, groups, lambda group: group.histogram), "groups counted")
+    pieces, nowhere = plan_partitions(job, groups, ROWS)
+    if pieces:
+        shop.step(split, job, missing(job, groups, lambda group: group.split), "groups split")
+        shop.step(merge, job, missing(job, pieces, lambda piece: piece.path), "partitions")
+        about = {"batchproc_inputs": inputs, "batchproc_rows_without_position": str(nowhere)}
+        shop.step(publish, job, [about], "catalogues")
+        found = replace(_survey(contents, inputs), state="made")
+    else:
+        found = Product("hats", found.path, "empty", note=_without_position(nowhere))
+    remove(Path(job.work))
+    return found
+
+
+def _inputs(contents: Contents) -> str:
+    return digest(_FORM, str(ROWS), contents.digest, *map(str, survey_scores(contents)))
+
+
+def _survey(contents: Contents, inputs: str) -> Product:
+    target, n = contents.folder.path / "hats", len(contents.index)
+    said = hats_format.read_properties(target)
+    if said.get("batchproc_inputs") == inputs and not hats_format.damaged_partitions(target):
+        note = _without_position(int(said["batchproc_rows_without_position"]))
+        return counted(Product("hats", target, "current", int(said["hats_nrows"]), note=note))
+    if n == 0:
+        return Product("hats", target, "empty", note="no candidates")
+    return Product("hats", target, "to make", n, 2 * math.ceil(n / ROWS) + 5, _ROW_BYTES * n)
+
+
+def _without_position(n: int) -> str:
+    return f"{n} candidates without a position on the sky are in the catalogue alone" if n else ""
 
 
 @dataclass(frozen=True)
@@ -53,8 +106,7 @@ class Piece:
 
 def histogram(job: Job, group: Group) -> None:
     """Count the rows of a group in each cell of order `HISTOGRAM_ORDER`, and those without a position."""
-    images = job.images().overlapping(group.first, group.last)
-    rows = read_rows(job.folder, images, ["ra", "dec"])
+    rows = read_rows(job.folder, job.images(group.first, group.last).places, ["ra", "dec"])
     index = spatial_index(rows["ra"].to_numpy(), rows["dec"].to_numpy())
     pixels, counts = np.unique(index[index >= 0] >> _TO_HISTOGRAM, return_counts=True)
     with replacing(job.path(group.histogram)) as temporary, temporary.open("wb") as file:
@@ -97,7 +149,7 @@ def split(job: Job, group: Group) -> None:
     Record batches are found by their number alone, however many there are; the numbers of their partitions are in the
     schema's metadata. (A row group of Parquet costs kilobytes in a footer that every reader takes in whole.)
     """
-    rows = read_scored_rows(job, job.images().overlapping(group.first, group.last))
+    rows = read_scored_rows(job, job.images(group.first, group.last))
     index = spatial_index(rows["ra"].to_numpy(), rows["dec"].to_numpy())
     rows = rows.add_column(0, hats_format.INDEX_FIELD, pa.array(index))
     owner = np.where(index < 0, -1, cell_of(index, list(_partitions(job.path("partitions.json")))))

@@ -8,17 +8,18 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchproc.finish.work import Images, Job
+from batchproc.errors import DamagedRunError
+from batchproc.finish.work import Contents, Images, Job
 from batchproc.io.atomic import write_text
-from batchproc.io.catalogue import SCHEMA
-from batchproc.io.progress import Index
-from batchproc.io.run_folder import RunFolder
+from batchproc.io.catalogue import SCHEMA, read_rows
+from batchproc.io.markers import rows_digest
 
-__all__ = ["Scores", "freeze_scores", "read_rows", "read_scored_rows", "scored_schema", "survey_scores"]
+__all__ = ["Scores", "freeze_scores", "frozen_scores", "read_scored_rows", "scored_schema", "survey_scores"]
 
 
 @dataclass(frozen=True)
@@ -51,43 +52,28 @@ class Scores:
         )
 
 
-def read_rows(folder: RunFolder, images: Images, columns: Sequence[str]) -> pa.Table:
-    """Rows of whole images, in their order; ``stamp_index`` counts through the run."""
-    schema = pa.schema([SCHEMA.field(name) for name in columns])
-    tables = [schema.empty_table()]
-    for image_id, first in zip(images.image_ids, images.offsets.tolist(), strict=False):
-        table = pq.read_table(folder.catalogue_part(image_id), columns=list(columns), use_threads=False)
-        table = table.select(columns).cast(schema)
-        if "stamp_index" in columns:
-            place = schema.get_field_index("stamp_index")
-            table = table.set_column(place, schema.field(place), pc.add(table["stamp_index"], first))
-        tables.append(table)
-    return pa.concat_tables(tables)
-
-
-def survey_scores(folder: RunFolder, index: Index) -> list[Scores]:
+def survey_scores(contents: Contents) -> list[Scores]:
     """The models that have scored a run, and which files hold what of it."""
-    places = {image_id: place for place, image_id in enumerate(index.image_ids)}
+    places = {image_id: place for place, image_id in enumerate(contents.index.image_ids)}
     models: dict[str, Scores] = {}
-    for path in sorted(folder.scores.glob("*/[!.]*.parquet")):
+    for path in sorted(contents.folder.scores.glob("*/[!.]*.parquet")):
         schema = pq.read_schema(path)
-        about = {key.decode(): value.decode() for key, value in schema.metadata.items()}
-        here = [places[image_id] for image_id in json.loads(about.pop("images")) if image_id in places]
+        said = {key.decode(): value.decode() for key, value in schema.metadata.items()}
+        here = [places[image_id] for image_id in json.loads(said["images"]) if image_id in places]
         if here:
-            names = [name for name in schema.names if name != "candidate_id"]
-            columns = {f"score_{about['model']}{name.removeprefix('score')}": name for name in names}
-            about.pop("ARROW:schema", None)
-            scores = models.setdefault(about["model"], Scores(columns, about, []))
+            names = [name for name in schema.names if name.startswith("score")]
+            columns = {f"score_{said['model']}{name.removeprefix('score')}": name for name in names}
+            about = {key: said[key] for key in ("model", "version", "hash", "normalisation")}
+            scores = models.setdefault(said["model"], Scores(columns, about, []))
             was = path.stat()
             stamp = f"{was.st_size}-{was.st_mtime_ns}"
-            scores.parts.append((str(path.relative_to(folder.path)), min(here), max(here), stamp))
+            scores.parts.append((str(path.relative_to(contents.folder.path)), min(here), max(here), stamp))
     return list(models.values())
 
 
 def freeze_scores(job: Job, scores: Sequence[Scores]) -> None:
     """Write down which scores a product takes in: workers read from it what a task needs."""
-    if not job.path("scores.json").is_file():
-        write_text(job.path("scores.json"), json.dumps([asdict(model) for model in scores]))
+    write_text(job.path("scores.json"), json.dumps([asdict(model) for model in scores]))
 
 
 def frozen_scores(job: Job) -> list[Scores]:
@@ -106,17 +92,36 @@ def scored_schema(scores: Sequence[Scores]) -> pa.Schema:
 
 
 def read_scored_rows(job: Job, images: Images) -> pa.Table:
-    """All columns of whole images, in their order, with `scored_schema`; a score that is not there is NaN."""
-    table = read_rows(job.folder, images, SCHEMA.names)
-    everything = job.images()
-    first = everything.place(images)
-    last = first + len(images.image_ids) - 1
+    """All columns of whole images, in their order, with `scored_schema`; ``stamp_index`` counts through the run.
+
+    A score that is not there is NaN.
+
+    Raises
+    ------
+    DamagedRunError
+        Rows of an image are not what its done-marker says.
+    """
+    table = read_rows(job.folder, images.places)
+    _check(job, images, table)
+    column = table.schema.get_field_index("stamp_index")
+    table = table.set_column(column, SCHEMA.field(column), pa.array(np.arange(images.offsets[0], images.offsets[-1])))
+    first, last = images.begin, images.begin + len(images.places) - 1
     for model in frozen_scores(job):
         paths = [job.folder.path / path for path, low, high, _ in model.parts if low <= last and first <= high]
         found = [pq.read_table(path, use_threads=False) for path in paths]
         for field, stored in zip(model.schema(), model.columns.values(), strict=True):
             table = table.append_column(field, _joined(table["candidate_id"], found, stored))
     return table
+
+
+def _check(job: Job, images: Images, table: pa.Table) -> None:
+    start = images.offsets[0]
+    for place, first, expected in zip(images.places, images.offsets.tolist(), images.rows_digests, strict=False):
+        if rows_digest(table.slice(first - start, place.n)) != expected:
+            raise DamagedRunError(
+                f"{place.catalogue(job.folder)}: the rows of {place.image_id} are not those that were written; "
+                f"`batchproc verify {job.folder.path} --repair` finds what is altered, `batchproc run` does it again"
+            )
 
 
 def _joined(candidates: pa.ChunkedArray, found: Sequence[pa.Table], stored: str) -> pa.ChunkedArray | pa.Array:
