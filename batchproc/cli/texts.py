@@ -62,7 +62,7 @@ def tell_plan(plan: Plan, where: Where) -> str:
         )
         if plan.missing:
             lines.append(
-                f"for what is left: {plan.cpu_hours:.3g} CPU-hours, {duration(plan.seconds(workers))} "
+                f"for what is left: {_number(plan.cpu_hours)} CPU-hours, {duration(plan.seconds(workers))} "
                 f"on {workers} workers"
             )
     else:
@@ -84,9 +84,9 @@ def _counts(status: Status) -> list[str]:
 def _speed(status: Status) -> list[str]:
     if not status.done:
         return []
-    line = f"{status.cpu_hours:.3g} CPU-hours spent"
+    line = f"{_number(status.cpu_hours)} CPU-hours spent"
     if status.missing and status.cpu_hours_left is not None:
-        line += f", about {status.cpu_hours_left:.3g} to go"
+        line += f", about {_number(status.cpu_hours_left)} to go"
     if status.driver is not None and status.driver.running:
         line += f"; {pace(status.rate)}" if status.rate else ""
         line += f", {duration(status.seconds_left)} left" if status.seconds_left is not None else ""
@@ -133,3 +133,8 @@ def _go_on(run: str) -> str:
 def _when(time: str) -> str:
     """'2026-11-21 11:20:29 UTC'."""
     return f"{time[:19].replace('T', ' ')} UTC"
+
+
+def _number(value: float) -> str:
+    """'0.0123', '12.3', '1,230'."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
