@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import groupby
 from numbers import Real
 from pathlib import Path
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from batchproc.errors import DamagedRunError, RunMismatchError, UsageError
 from batchproc.io.atomic import replacing
 from batchproc.io.index import Index, Place, read_index, read_moving
+from batchproc.io.markers import rows_digest
 from batchproc.io.run_folder import RunFolder
 from batchproc.records import CATALOGUE
 
@@ -39,6 +41,7 @@ __all__ = [
     "read_part",
     "read_place",
     "scored_images",
+    "scores_digest",
     "write_part",
     "write_scores",
 ]
@@ -195,9 +198,20 @@ def write_scores(
         "images": json.dumps(list(dict.fromkeys(image_ids))),
     }
     names = {"candidate_id": pa.array(candidate_ids, pa.string()), "image_id": pa.array(image_ids, pa.string())}
-    table = pa.table({**names, **by_name}, pa.schema(fields, metadata))
+    _write_scores(path, pa.table({**names, **by_name}, pa.schema(fields, metadata)))
+
+
+def _write_scores(path: Path, table: pa.Table) -> None:
+    table = table.replace_schema_metadata({**table.schema.metadata, b"digest": scores_digest(table)})
     with replacing(path) as temporary:
         pq.write_table(table, temporary, **PARQUET)
+
+
+def scores_digest(table: pa.Table) -> str:
+    """Of the rows of a part of scores, and of what its metadata say of them (``digest`` apart, which is this one)."""
+    about = {key: value for key, value in _text(table.schema.metadata).items() if key != "digest"}
+    said = json.dumps([about, rows_digest(table)], sort_keys=True)
+    return sha256(said.encode()).hexdigest()[:32]
 
 
 def scored_images(folder: RunFolder, model: Any) -> set[str]:
@@ -232,9 +246,7 @@ def forget_scores(folder: RunFolder, image_ids: Collection[str]) -> None:
         elif len(left) < len(before):
             table = pq.read_table(path)
             table = table.filter(pc.is_in(table["image_id"], pa.array(left, pa.string())))
-            table = table.replace_schema_metadata({**metadata, b"images": json.dumps(left)})
-            with replacing(path) as temporary:
-                pq.write_table(table, temporary, **PARQUET)
+            _write_scores(path, table.replace_schema_metadata({**metadata, b"images": json.dumps(left)}))
 
 
 def _rows_of(folder: RunFolder, places: Sequence[Place], names: Sequence[str]) -> list[pa.Table]:

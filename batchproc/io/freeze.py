@@ -28,8 +28,10 @@ import batchproc
 from batchproc.config import Config
 from batchproc.errors import RunMismatchError, UsageError
 from batchproc.io.atomic import remove, rename, replacing, write_text
+from batchproc.io.index import iter_done
 from batchproc.io.manifest import entry_digest, manifest_digest, write_manifest
-from batchproc.io.markers import file_digest, read_marker, software
+from batchproc.io.markers import file_digest, software
+from batchproc.io.packs import forget
 from batchproc.io.run_folder import RunFolder
 from batchproc.records import ManifestEntry
 
@@ -390,26 +392,6 @@ def _are(n: int) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-@dataclass(frozen=True)
-class _Done:
-    image_id: str
-    config_digest: str
-    entry_digest: str
-    version: str
-
-
-def iter_done(folder: RunFolder) -> Iterable[_Done]:
-    for path in folder.done.glob("[!.]*.json"):
-        marker, _ = read_marker(path)
-        yield _Done(marker.image_id, marker.config_digest, marker.entry_digest, marker.versions.get("batchproc", ""))
-
-
-def forget(folder: RunFolder, image_ids: Sequence[str]) -> None:
-    for image_id in image_ids:
-        for path in (folder.marker(image_id), folder.catalogue_part(image_id), folder.stamps_part(image_id)):
-            remove(path)
 
 
 #: What a run folder may hold while `run.json` is not in it: a driver was killed while it froze the run, or the file

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchproc.io.atomic import replacing, write_text
+from batchproc.io.catalogue import PARQUET
 from batchproc.io.index import iter_markers
 from batchproc.io.markers import RECEIPT_SCHEMA, now, receipt_of, receipt_row
 from batchproc.io.run_folder import RunFolder
@@ -69,7 +71,7 @@ class ReceiptLog:
         if receipt.status == "done":  # its marker has it
             return
         row = receipt_row(receipt, now())
-        self._file.write(json.dumps(row | {"time": row["time"].isoformat()}) + "\n")
+        self._file.write(_line(row | {"time": row["time"].isoformat()}))
         self._file.flush()
         if time.monotonic() - self._synced >= _SYNC_S:
             self._sync()
@@ -94,19 +96,19 @@ def gather(folder: RunFolder) -> None:
     of what is done.
     """
     failures = _failures(folder)
-    write_text(_log(folder), "".join(f"{json.dumps(row)}\n" for row in failures.values()))
+    write_text(_log(folder), "".join(map(_line, failures.values())))
     failed = [row | {"time": datetime.fromisoformat(row["time"])} for row in failures.values()]
     paths = {entry.image_id: entry.new for entry in folder.entries() if entry.image_id in failures} if failed else {}
     with (
         replacing(folder.receipts) as temporary,
-        pq.ParquetWriter(temporary, RECEIPT_SCHEMA, compression="zstd") as receipts,
+        pq.ParquetWriter(temporary, RECEIPT_SCHEMA, **PARQUET) as receipts,
     ):
         for table in iter_markers(folder, RECEIPT_SCHEMA.names):
             receipts.write_table(table.cast(RECEIPT_SCHEMA))
         receipts.write_table(pa.Table.from_pylist(failed, RECEIPT_SCHEMA))
     with replacing(folder.failures) as temporary:
         rows = [row | {"path": paths.get(row["image_id"], "")} for row in failed]
-        pq.write_table(pa.Table.from_pylist(rows, FAILURE_SCHEMA), temporary, compression="zstd")
+        pq.write_table(pa.Table.from_pylist(rows, FAILURE_SCHEMA), temporary, **PARQUET)
 
 
 def iter_receipts(folder: RunFolder | str | Path) -> Iterator[Receipt]:
@@ -135,7 +137,7 @@ def forget_failures(folder: RunFolder, image_ids: Collection[str]) -> None:
     rows = list(_logged(folder))
     kept = [row for row in rows if row["image_id"] not in image_ids]
     if len(kept) < len(rows):
-        write_text(_log(folder), "".join(f"{json.dumps(row)}\n" for row in kept))
+        write_text(_log(folder), "".join(map(_line, kept)))
 
 
 @dataclass(frozen=True)
@@ -205,13 +207,24 @@ def _logged(folder: RunFolder) -> Iterator[dict[str, Any]]:
             for line in file:
                 try:
                     row = json.loads(line)
+                    if row.pop("crc") != _crc(row):
+                        continue
                     datetime.fromisoformat(row["time"])
                     receipt_of(row)
-                except (ValueError, KeyError, TypeError):  # torn: its driver was killed; the image is tried again
-                    continue
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    continue  # torn, for its driver was killed, or altered: the image is tried again
                 yield row
     except FileNotFoundError:
         return
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """A line of the log, with a checksum."""
+    return json.dumps({**row, "crc": _crc(row)}) + "\n"
+
+
+def _crc(row: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(row, sort_keys=True).encode())
 
 
 def _log(folder: RunFolder) -> Path:
