@@ -32,6 +32,7 @@ from batchproc.imaging.sources import bright_stars, find_sources
 from batchproc.imaging.stars import Stars, find_stars
 from batchproc.imaging.subtract import MapTiles, subtract
 from batchproc.imaging.variance import source_variance
+from batchproc.io.fitsfile import split_hdu
 from batchproc.io.images import read_new, read_refs
 from batchproc.io.wcs import pixel_scale_arcsec
 from batchproc.records import CATALOGUE, Difference, Exposure, ManifestEntry, MaskBit, PsfLike, Receipt
@@ -88,15 +89,27 @@ def process_image(
     """
     config = config or Config()
     clock = Clock()
-    with clock("read"):
-        new = read_new(entry)
-        refs = read_refs(entry)
-    with clock("align"):
-        aligned = align(new, refs, config.align)
-    del refs  # several of them, and where one was interpolated, its pixels are needed no more
-    return subtract_exposures(
-        new, aligned, config, image_id=entry.image_id, clock=clock, map_tiles=map_tiles, overwrite=True
-    )
+    with _naming(entry):
+        with clock("read"):
+            new = read_new(entry)
+            refs = read_refs(entry)
+        with clock("align"):
+            aligned = align(new, refs, config.align)
+        del refs  # several of them, and where one was interpolated, its pixels are needed no more
+        return subtract_exposures(
+            new, aligned, config, image_id=entry.image_id, clock=clock, map_tiles=map_tiles, overwrite=True
+        )
+
+
+@contextmanager
+def _naming(entry: ManifestEntry) -> Iterator[None]:
+    """A failure that names neither file, for numerics know of none, leaves with that of new before its message."""
+    try:
+        yield
+    except ExposureError as error:
+        if not any(str(split_hdu(path)[0]) in str(error) for path in (entry.new, *entry.ref)):
+            error.args = (f"{entry.new}: {error}",)
+        raise
 
 
 def subtract_exposures(

@@ -1,16 +1,19 @@
 """FITS files, opened with suspicion: what is in them, and one HDU's pixels as a native array.
 
 Whatever is wrong with a file is a `ReadError` that names the file, the HDU, what was found, what was expected and what
-to do. Sizes are checked against the header before anything is allocated. What the pixels *mean* (units, masks,
-variance) is the business of `images` and its neighbours.
+to do. Sizes are checked against the header before anything is allocated. Where it was the disk that failed and not the
+file that is broken, the system's error is the `ReadError`'s cause: another attempt may succeed. What the pixels *mean*
+(units, masks, variance) is the business of `images` and its neighbours.
 """
 
 from __future__ import annotations
 
 import gzip
 import io
+import math
 import os
 import re
+import stat
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -34,6 +37,12 @@ MAX_PIXELS = 2**30
 #: Rows and columns of an image, each with its beginning and end.
 Section = tuple[slice, slice]
 
+#: What may follow the last HDU of a gzipped file; more than this is not unpacked.
+MAX_RUBBLE = 2**24
+_BLOCK = 2880
+_AGAIN = "Fetch the file again, or take its row out of the manifest."
+
+_WHOLE_NUMBER = re.compile(rb"[A-Z0-9 ]{8}= *([+-]?[0-9]{1,18}) *(/|$)")
 _BRACKET = re.compile(r"^(?P<path>.+)\[(?P<hdu>[^\[\]]*)\]$")
 
 
@@ -123,6 +132,7 @@ class FitsFile:
 
     def __init__(self, path: Path, stream: BinaryIO, size: int) -> None:
         self.path = path
+        self._stream = stream
         self._size = size
         self._hdus: dict[int, Hdu] = {}
         try:
@@ -130,12 +140,12 @@ class FitsFile:
                 self._list = fits.open(stream, mode="readonly", memmap=False, lazy_load_hdus=True)
         except Exception as error:
             found = f"a first header that cannot be used ({first_line(error)}{_size_claimed(stream)})"
-            raise self.error(found, "a complete FITS header with a size that fits the file") from error
+            raise self.error(found, "a complete FITS header with a size that fits the file") from self._cause(error)
 
     def error(self, found: str, expected: str, *, hdu: int | str | None = None, do: str = "") -> ReadError:
         """A `ReadError` on this file."""
         where = f"{self.path}" + ("" if hdu is None else f"[{hdu}]")
-        do = do or "Fetch the file again, or take its row out of the manifest."
+        do = do or _AGAIN
         return ReadError(
             f"{where}: {found}; expected {expected}. {do}", path=str(self.path), hdu=hdu, found=found, expected=expected
         )
@@ -152,6 +162,7 @@ class FitsFile:
             try:
                 hdu = self[index]
             except IndexError:
+                self._require_nothing_after(index - 1)
                 return
             yield hdu
             index += 1
@@ -170,15 +181,34 @@ class FitsFile:
         raise self.error(f"HDUs {self.contents()}", f"one called {hdu}", hdu=hdu, do="Name one of these.")
 
     def contents(self) -> str:
-        """The HDUs in words, and whether something unreadable follows them."""
-        hdus = list(self)
-        words = ", ".join(hdu.label for hdu in hdus)
-        with suppress(Exception):  # a damaged HDU does not know its size
-            info = self._list[hdus[-1].index].fileinfo()
-            rest = self._size - info["datLoc"] - info["datSpan"]
-            if rest > 0:
-                words += f", then {rest} bytes that are no whole header (a truncated file?)"
-        return words
+        """The HDUs in words."""
+        return ", ".join(hdu.label for hdu in self)
+
+    def _require_nothing_after(self, last: int) -> None:
+        """Raise `ReadError` where an extension follows that cannot be read: it may have been the mask of an image.
+
+        Other bytes may follow; some programs leave them behind.
+        """
+        try:
+            info = self._list[last].fileinfo()
+            end = info["datLoc"] + info["datSpan"]
+            if self._size <= end:
+                return
+            self._stream.seek(end - _BLOCK)  # the padding, where bytes may be lost too
+            hidden = b"XTENSION=" in self._stream.read(MAX_RUBBLE)
+        except Exception as error:
+            raise self._bad_header(last, error) from self._cause(error)
+        if hidden or self._failure is not None:
+            found = f"{self._size - end} bytes of an extension after HDU {last} that cannot be read"
+            raise self.error(found, "whole HDUs (is the file truncated, or are bytes lost?)") from self._failure
+
+    @property
+    def _failure(self) -> OSError | None:
+        """What the disk said when it could not be read; astropy may take that for the end of the file."""
+        return getattr(getattr(self._stream, "raw", None), "failure", None)
+
+    def _cause(self, error: Exception) -> Exception:
+        return self._failure or error
 
     def pixels(self, hdu: Hdu, section: Section | None = None) -> NDArray[Any]:
         """The pixels of an image HDU, scaled (BSCALE, BZERO; BLANK becomes NaN), in native byte order.
@@ -198,12 +228,14 @@ class FitsFile:
         try:
             with quiet():
                 raw = self._list[hdu.index]
+                if isinstance(raw, fits.CompImageHDU):
+                    _require_all_tiles(raw)
                 data = raw.data if section is None else raw.section[(0,) * (len(raw.shape) - 2) + section]
         except MemoryError:
             raise
         except Exception as error:
             found = f"pixels that cannot be decoded ({first_line(error)})"
-            raise self.error(found, "a complete image", hdu=hdu.index) from error
+            raise self.error(found, "a complete image", hdu=hdu.index) from self._cause(error)
         data = np.asarray(data)
         if section is None:
             data = data.reshape(hdu.shape)
@@ -216,7 +248,8 @@ class FitsFile:
             with quiet():
                 return self._list[hdu.index].data
         except Exception as error:
-            raise self.error(f"a table that cannot be read ({first_line(error)})", "a table", hdu=hdu.index) from error
+            found = f"a table that cannot be read ({first_line(error)})"
+            raise self.error(found, "a table", hdu=hdu.index) from self._cause(error)
 
     def require_image(self, hdu: Hdu) -> None:
         """Raise `ReadError` unless this is a whole 2-D image of a believable size; reads no pixels."""
@@ -240,7 +273,7 @@ class FitsFile:
             compressed = isinstance(raw, fits.CompImageHDU)
             end = info["datLoc"] + (max(info["datSpan"] - 2879, 0) if compressed else int(raw.size))
         except Exception as error:
-            raise self._bad_header(hdu.index, error) from error
+            raise self._bad_header(hdu.index, error) from self._cause(error)
         if end > self._size:
             raise self.error(
                 f"truncated: {self._size} bytes", f"at least {end}, by the header of this HDU", hdu=hdu.index
@@ -256,6 +289,8 @@ class FitsFile:
             with quiet():
                 raw = self._list[index]
                 header = raw.header
+                if index and header.cards[0].keyword != "XTENSION":  # no HDU: what stands there is rubble
+                    raise IndexError(index)
                 shape = tuple(int(header.get(f"NAXIS{n}", 0)) for n in range(int(header.get("NAXIS", 0)), 0, -1))
                 name, version = str(raw.name).strip().upper(), int(raw.ver)
                 table = isinstance(raw, fits.BinTableHDU | fits.TableHDU)
@@ -263,7 +298,7 @@ class FitsFile:
         except IndexError:
             raise
         except Exception as error:
-            raise self._bad_header(index, error) from error
+            raise self._bad_header(index, error) from self._cause(error)
         while len(shape) > 2 and shape[0] == 1:
             shape = shape[1:]
         return Hdu(index, name, version, header, kind, shape if kind == "image" else ())
@@ -283,43 +318,132 @@ def open_fits(path: Path) -> Iterator[FitsFile]:
         yield FitsFile(path, stream, size)
 
 
+class _Disk(io.RawIOBase):
+    """A file on a disk that remembers how it failed, whoever swallows the error."""
+
+    failure: OSError | None = None
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+
+    def readinto(self, buffer: Any) -> int | None:
+        try:
+            return self._file.readinto(buffer)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 def _open_stream(path: Path) -> tuple[BinaryIO, int]:
-    def error(found: str, expected: str, do: str) -> ReadError:
+    def error(found: str, expected: str, do: str = _AGAIN) -> ReadError:
         return ReadError(
             f"{path}: {found}; expected {expected}. {do}", path=str(path), hdu=None, found=found, expected=expected
         )
 
-    again = "Fetch the file again, or take its row out of the manifest."
     try:
-        size = path.stat().st_size
-        if path.is_dir():
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
             raise error("a folder", "a FITS file", "Name a file in it.")
-        stream: BinaryIO = path.open("rb")
+        if not stat.S_ISREG(status.st_mode):  # to open a pipe is to wait for whoever writes to it
+            raise error("a pipe, a socket or a device", "a FITS file", "Write what comes out of it to a file.")
+        stream: BinaryIO = io.BufferedReader(_Disk(path))
     except FileNotFoundError:
         raise error(
             "no such file", "a FITS file", "Correct the path (relative paths start at the manifest's folder)."
         ) from None
     except OSError as cause:
         raise error(f"cannot be opened ({cause.strerror})", "a readable file", "Look at its permissions.") from cause
+    except ValueError as cause:
+        raise error(f"a name that no file can have ({cause})", "a path", "Correct the path.") from cause
     try:
-        if size == 0:
-            raise error("empty (0 bytes)", "a FITS file", again)
-        magic = stream.read(9)
+        if status.st_size == 0:
+            raise error("empty (0 bytes)", "a FITS file")
+        size, magic = status.st_size, stream.read(9)
         stream.seek(0)
         if magic[:2] == b"\x1f\x8b":
-            # gzip cannot be sought in; whole, its checksum is tested too.
-            try:
-                content = gzip.decompress(stream.read())
-            except (EOFError, OSError, zlib.error) as cause:
-                raise error(f"a corrupt or cut gzip file ({first_line(cause)})", "a whole one", again) from cause
-            stream.close()
-            stream, size, magic = io.BytesIO(content), len(content), content[:9]
+            with stream:
+                stream, size = _unpacked(stream)
+            magic = stream.read(9)
+            stream.seek(0)
         if magic != b"SIMPLE  =":
-            raise error(f"a file that begins with {magic!r}", "FITS, which begins with b'SIMPLE  ='", again)
-    except BaseException:
+            raise error(f"a file that begins with {magic!r}", "FITS, which begins with b'SIMPLE  ='")
+    except BaseException as cause:
         stream.close()
+        if isinstance(cause, EOFError | OSError | zlib.error):
+            raise error(f"a corrupt or cut gzip file ({first_line(cause)})", "a whole one") from cause
         raise
     return stream, size
+
+
+def _unpacked(stream: BinaryIO) -> tuple[BinaryIO, int]:
+    """The HDUs of a gzipped file (it cannot be sought in), to its end, where the checksum is tested.
+
+    No more is unpacked than the headers claim, and a little: a few megabytes of gzip can be gigabytes of nothing.
+    """
+    content = io.BytesIO()
+    with gzip.GzipFile(fileobj=stream) as unpacked:
+        header = _header_blocks(unpacked)
+        while header.startswith((b"SIMPLE", b"XTENSION")):
+            content.write(header)
+            _copy(unpacked, content, _data_size(header))
+            header = _header_blocks(unpacked)
+        content.write(header)
+        _copy(unpacked, content, MAX_RUBBLE)
+        if unpacked.read(1):
+            raise EOFError(f"it goes on for more than {MAX_RUBBLE >> 20} MB behind the last HDU, which is not the end")
+    size = content.tell()
+    content.seek(0)
+    return content, size
+
+
+def _header_blocks(stream: Any) -> bytes:
+    """Blocks up to the one with an END card, or to the end of the stream."""
+    header = bytearray()
+    while len(header) < MAX_RUBBLE:
+        block = stream.read(_BLOCK)
+        header += block
+        if len(block) < _BLOCK or any(block[at : at + 80].rstrip() == b"END" for at in range(0, _BLOCK, 80)):
+            break
+    return bytes(header)
+
+
+def _data_size(header: bytes) -> int:
+    """Bytes that a header claims for its data, padding included; 0 where it claims nothing that could be true."""
+    cards = (header[at : at + 80] for at in range(0, len(header), 80))
+    numbers = {card[:8].strip(): int(match[1]) for card in cards if (match := _WHOLE_NUMBER.match(card))}
+    axes = [numbers.get(f"NAXIS{axis + 1}".encode(), 0) for axis in range(min(numbers.get(b"NAXIS", 0), 999))]
+    values = numbers.get(b"GCOUNT", 1) * (numbers.get(b"PCOUNT", 0) + math.prod(axes) * bool(axes))
+    size = abs(numbers.get(b"BITPIX", 0)) // 8 * values
+    return -(-size // _BLOCK) * _BLOCK if values >= 0 and size <= 8 * MAX_PIXELS else 0
+
+
+def _copy(source: Any, target: BinaryIO, size: int) -> None:
+    while size > 0 and (piece := source.read(min(size, 2**22))):
+        target.write(piece)
+        size -= len(piece)
+
+
+def _require_all_tiles(image: Any) -> None:
+    """Raise ValueError unless a compressed image has the tiles that its header claims: no fewer, and no more."""
+    if min(image.tile_shape) < 1:
+        raise ValueError(f"tiles of {' x '.join(map(str, image.tile_shape[::-1]))} pixels")
+    found = len(image.compressed_data)
+    claimed = math.prod(-(-n // tile) for n, tile in zip(image.shape, image.tile_shape, strict=True))
+    if found != claimed:
+        raise ValueError(f"{found} tiles, the header claims {claimed}")
 
 
 def _size_claimed(stream: BinaryIO) -> str:
@@ -327,7 +451,8 @@ def _size_claimed(stream: BinaryIO) -> str:
     try:
         stream.seek(0)
         header = fits.Header.fromfile(stream)
-        return f"; it claims {' x '.join(str(header[f'NAXIS{axis + 1}']) for axis in range(header['NAXIS']))} pixels"
+        lengths = [str(header[f"NAXIS{axis + 1}"]) for axis in range(header["NAXIS"])]
+        return f"; it claims {' x '.join(lengths)} pixels" if lengths else ""
     except Exception:
         return ""
 

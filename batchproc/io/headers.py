@@ -229,7 +229,7 @@ def amplifier_sections(cards: Cards, keys: Sequence[str], shape: tuple[int, int]
     sections = [_section(cards.get(key)) for key in keys]
     if not sections or any(section is None for section in sections):
         return []
-    dx, dy = (0.0 if math.isnan(v := _float(cards.get(key))) else v for key in ("LTV1", "LTV2"))
+    dx, dy = (v if math.isfinite(v := _float(cards.get(key))) else 0.0 for key in ("LTV1", "LTV2"))
     if any(_float(cards.get(key, 1.0)) != 1.0 for key in ("LTM1_1", "LTM2_2")):
         return []
     ny, nx = shape
@@ -265,7 +265,7 @@ def _inside(section: Section, shape: tuple[int, int]) -> bool:
 
 
 def _positive(value: float) -> bool:
-    return value > 0
+    return 1e-30 < value < 1e30  # what single precision can count with
 
 
 def _float(value: Any) -> float:

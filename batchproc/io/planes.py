@@ -89,8 +89,8 @@ def decode_mask(plane: NDArray[Any], rule: MaskRule, cards: Mapping[str, Any]) -
         (MaskBit.NO_DATA, rule.no_data),
         (MaskBit.COSMIC_RAY, rule.cosmic_ray),
     ):
-        numbers = [int(cards.get(item, -1)) if isinstance(item, str) else int(item) for item in listed]
-        numbers = [value for value in numbers if value >= 0]
+        found = [cards.get(item) if isinstance(item, str) else item for item in listed]
+        numbers = [value for value in found if isinstance(value, int) and value >= 0]
         if rule.kind == "values":
             out[np.isin(plane, numbers)] |= np.uint8(bit)
         else:

@@ -11,7 +11,7 @@ import gzip
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -536,6 +536,35 @@ _put_plane("a variance below zero", "VARIANCE", lambda d: -np.abs(d))
 _put_plane("a variance of NaN", "VARIANCE", lambda d: np.full_like(d, np.nan))
 _put_plane("a variance of 1e29", "VARIANCE", lambda d: np.full_like(d, 1e29))
 _put_plane("a weight of infinity", "WEIGHT", lambda d: np.full_like(d, np.inf))
+
+
+def _put_cards(what: str, **cards: Any) -> None:
+    """An odd file with a good image whose header has these cards too."""
+
+    @_odd(what)
+    def write(path: Path, rng: np.random.Generator, side: str) -> None:
+        _image(path, _pixels()[side], **cards)
+
+
+_put_cards("amplifiers that are shifted by infinity", DATASECA="[1:112,1:224]", DATASECB="[113:224,1:224]",
+           LTV1="Infinity", SATURATA=5e4, SATURATB=6e4, GAINA=1.0, GAINB=-1.0)  # fmt: skip
+_put_cards("amplifiers of all the sky", DATASECA="[1:99999999999,1:99999999999]", DATASECB="[0:0,0:0]")
+_put_cards("a pixel scale of nothing", CD1_1=1e-30, CD2_2=1e-30)
+_put_cards("axes of the sky that are one axis", CD1_1=1e-4, CD1_2=1e-4, CD2_1=1e-4, CD2_2=1e-4)
+
+
+@_odd("a mask whose header names its bits wrongly")
+def _mask_bits(path: Path, rng: np.random.Generator, side: str) -> None:
+    mask = fits.ImageHDU(np.zeros(SHAPE, np.int32), name="MASK")
+    mask.header["MP_SAT"], mask.header["MP_BAD"], mask.header["HIERARCH MP_NO_DATA"] = "x", -3, 1e300
+    fits.HDUList([fits.PrimaryHDU(), fits.ImageHDU(_pixels()[side], _header(TAN), name="IMAGE"), mask]).writeto(path)
+
+
+@_odd("a handful of tiles that claim to be 30000 x 30000 pixels")
+def _few_tiles(path: Path, rng: np.random.Generator, side: str) -> None:
+    base = _base("rice", side)
+    wide = replace(base, content=base.with_card("ZNAXIS1", "30000"))
+    path.write_bytes(wide.with_card("ZNAXIS2", "30000"))
 
 
 @_odd("no bytes")

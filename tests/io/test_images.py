@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import os
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchproc.errors import RawFrameError, ReadError
-from batchproc.io.fitsfile import split_hdu
+from batchproc.io import fitsfile
+from batchproc.io.fitsfile import open_fits, split_hdu
 from batchproc.io.images import image_hdus, inspect_image, read_image, read_new, read_refs
 from batchproc.io.planes import decode_mask, decode_variance
 from batchproc.io.profiles import MaskRule
@@ -429,6 +432,9 @@ def test_each_amplifier_has_its_own_saturation(tmp_path: Path) -> None:
         ({"CTYPE1": "LINEAR", "CTYPE2": "LINEAR"}, "not celestial"),
         ({"CD1_1": 0.0, "CD2_2": 0.0}, "no WCS"),
         ({"CTYPE1": "RA---XYZ", "CTYPE2": "DEC--XYZ"}, "no WCS"),
+        ({"CD1_2": -1 / 3600, "CD2_1": 1 / 3600}, "times the area"),
+        ({"CTYPE1": "RA---TAN-SIP", "CTYPE2": "DEC--TAN-SIP", "A_ORDER": 2, "A_2_0": 0.3, "B_ORDER": 2}, "area"),
+        ({"CTYPE1": "RA---TPV", "CTYPE2": "DEC--TPV", "PV1_1": 0.01}, "times the area"),
     ],
 )
 def test_a_wcs_that_is_none(tmp_path: Path, cards: dict[str, object], note: str) -> None:
@@ -436,6 +442,30 @@ def test_a_wcs_that_is_none(tmp_path: Path, cards: dict[str, object], note: str)
     image = read_image(write(tmp_path / "a.fits", **cards))
     assert image.wcs is None
     assert note in image.meta["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("cards", "note"),
+    [
+        ({"RADESYS": "NOWHERE"}, "frame 'NOWHERE' is not known"),
+        ({"EQUINOX": 1e300}, "equinox 1e+300 is not a year"),
+        ({"EQUINOX": "J2000"}, "equinox 'J2000' is not a year"),
+    ],
+)
+def test_a_frame_that_nobody_knows_is_the_default(tmp_path: Path, cards: dict[str, object], note: str) -> None:
+    """The positions are those of a header without the card, and a note tells."""
+    image, plain = read_image(write(tmp_path / "a.fits", **cards)), read_image(write(tmp_path / "b.fits"))
+    assert note in image.meta["notes"][0]
+    there = plain.wcs.pixel_to_world(3, 4)
+    assert image.wcs.pixel_to_world(3, 4).separation(there).arcsec < 1e-6
+
+
+def test_strong_distortion_is_no_error(tmp_path: Path) -> None:
+    """A pixel at the edge may have half or twice the area of one in the middle."""
+    cards = {"CTYPE1": "RA---TAN-SIP", "CTYPE2": "DEC--TAN-SIP", "A_ORDER": 2, "B_ORDER": 2}
+    image = read_image(write(tmp_path / "a.fits", **cards, A_2_0=0.008, B_0_2=0.005))
+    assert image.wcs is not None
+    assert image.meta["notes"] == ()
 
 
 def test_distortion_mixups_are_put_right(tmp_path: Path) -> None:
@@ -499,6 +529,17 @@ def broken(tmp_path: Path, kind: str) -> Path:
     elif kind == "a folder":
         path.unlink()
         path.mkdir()
+    elif kind == "a pipe":
+        path.unlink()
+        os.mkfifo(path)
+    elif kind == "an endless device":
+        path.unlink()
+        path.symlink_to("/dev/zero")
+    elif kind == "a link to itself":
+        path.unlink()
+        path.symlink_to(path)
+    elif kind == "no name":
+        return tmp_path / "a\0.fits"
     return path
 
 
@@ -519,6 +560,10 @@ def broken(tmp_path: Path, kind: str) -> Path:
         ("all NaN", "no finite pixel"),
         ("all zero", "0 in every pixel"),
         ("a folder", "a folder"),
+        ("a pipe", "a pipe, a socket or a device"),
+        ("an endless device", "a pipe, a socket or a device"),
+        ("a link to itself", "cannot be opened"),
+        ("no name", "a name that no file can have"),
     ],
 )
 def test_a_broken_file_says_what_is_wrong(tmp_path: Path, kind: str, words: str) -> None:
@@ -571,6 +616,84 @@ def test_corrupt_compressed_files(tmp_path: Path) -> None:
     # Rice has no checksum: this may decode to something of the right shape, or to a ReadError, but to nothing else.
     with contextlib.suppress(ReadError):
         assert read_image(path).shape == SHAPE
+
+
+def test_a_file_cut_within_its_mask_is_not_an_image_without_a_mask(tmp_path: Path) -> None:
+    """Wherever it is cut; and where bytes are lost so that the next extension is not found. Rubble is none."""
+    path = write_mef(tmp_path / "a.fits", [("SCI", sky(), WCS_CARDS), ("MASK", np.ones(SHAPE, np.uint8), {})], CARDS)
+    content = path.read_bytes()
+    mask = content.rindex(b"XTENSION")
+    for damaged in (content[: mask + 100], content[: mask + 3000], content[: mask - 80] + content[mask:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ReadError, match=r"a\.fits"):
+            read_image(path)
+    path.write_bytes(content + b"left behind by some program" * 99)
+    assert (read_image(path).mask == MaskBit.BAD).all()
+
+
+def test_a_compressed_image_has_the_tiles_that_it_claims(tmp_path: Path) -> None:
+    """No fewer: memory would be taken for pixels that are not there. And no more: a part would pass for the whole."""
+    path = write(tmp_path / "a.fits.fz")
+    content = path.read_bytes()
+    for claimed in (10, 20_000_000):
+        path.write_bytes(content.replace(f"ZNAXIS2 = {40:20d}".encode(), f"ZNAXIS2 = {claimed:20d}".encode()))
+        tracemalloc.start()
+        with pytest.raises(ReadError, match=rf"40 tiles, the header claims {claimed}"):
+            read_image(path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 3e7
+
+
+def test_a_gzip_is_unpacked_no_further_than_its_headers_claim(tmp_path: Path) -> None:
+    """Megabytes that unpack to gigabytes of nothing take neither memory nor minutes; a little rubble is no harm."""
+    path = write(tmp_path / "a.fits.gz")
+    good, zeros = path.read_bytes(), gzip.compress(bytes(2**24))
+    path.write_bytes(good + gzip.compress(bytes(2**23)))
+    np.testing.assert_array_equal(read_image(path).data, sky() * 2)
+    path.write_bytes(good + zeros * 200)  # 3 GB
+    tracemalloc.start()
+    with pytest.raises(ReadError, match="goes on for more than 16 MB behind the last HDU"):
+        read_image(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1e8
+
+
+def test_extensions_of_a_gzip_are_all_there(tmp_path: Path) -> None:
+    """What is unpacked HDU by HDU is the file, byte for byte: tables with heaps, empty HDUs, trailing blocks."""
+    table = fits.BinTableHDU.from_columns([fits.Column("a", "PE()", array=[np.arange(5.0), np.arange(900.0)])])
+    empty, image = fits.ImageHDU(name="NONE"), fits.ImageHDU(sky(), header(), name="SCI")
+    path = tmp_path / "a.fits"
+    fits.HDUList([fits.PrimaryHDU(), empty, table, image, fits.CompImageHDU(sky().astype(np.int32))]).writeto(path)
+    for content in (path.read_bytes(), path.read_bytes() + bytes(2880)):
+        path.write_bytes(gzip.compress(content))
+        with open_fits(path) as file:
+            assert file._stream.getvalue() == content
+            assert [hdu.kind for hdu in file] == ["image", "image", "table", "image", "image"]
+
+
+@pytest.mark.parametrize("name", ["a.fits", "a.fits.gz", "a.fits.fz"])
+def test_a_failing_disk_is_told_from_a_broken_file(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the disk fails, what it said is the cause of the error, though astropy swallows it: another attempt
+    may succeed."""
+    noisy = np.random.default_rng(0).normal(0, 1000, (200, 200)).astype(np.int32)
+    path = write(tmp_path / name, noisy)
+    length = path.stat().st_size
+    readinto = fitsfile._Disk.readinto
+    for at in (0, 3000, length // 2, length - 10):
+
+        def failing(self, buffer, at=at):
+            if self._file.tell() + len(buffer) > at:
+                raise OSError(errno.EIO, "Input/output error")
+            return readinto(self, buffer)
+
+        monkeypatch.setattr(fitsfile._Disk, "readinto", failing)
+        with pytest.raises((ReadError, OSError)) as caught:
+            read_image(path)
+        failure = caught.value if isinstance(caught.value, OSError) else caught.value.__cause__
+        assert isinstance(failure, OSError)
+        assert failure.errno == errno.EIO
 
 
 @pytest.mark.parametrize("kind", ["mask", "variance"])
