@@ -262,9 +262,8 @@ def _rows_of(folder: RunFolder, places: Sequence[Place], names: Sequence[str]) -
     parts = [table.slice(place.row - start, place.n) for place in places]
     for place, part in zip(places, parts, strict=True):
         if len(part) != place.n:
-            raise DamagedRunError(
-                f"{place.catalogue(folder)}: {len(part)} rows of the image {place.image_id}, {place.n} in its marker; "
-                f"`batchproc verify {folder.path} --repair` finds all that is altered"
+            raise ValueError(
+                f"{place.catalogue(folder)}: {len(part)} rows of the image {place.image_id}, {place.n} in its marker"
             )
     return parts
 
@@ -283,8 +282,14 @@ def _read_parts(folder: RunFolder, index: Index, wanted: Iterable[str], filters:
     parts = [_only(columns).empty_table()]
     for some in (np.flatnonzero(index.pack < 0), np.flatnonzero(index.pack >= 0)):
         parts += read_moving(folder, index.places(some.tolist()), read)
+    table = pa.concat_tables(parts)
+    if condition is None and len(table) != len(index):
+        raise DamagedRunError(
+            f"{folder.path}: {len(table)} rows in the catalogue, {len(index)} in the markers; `batchproc verify "
+            f"{folder.path} --repair` finds all that is altered"
+        )
     offsets = dict(zip(index.image_ids, index.offsets[:-1].tolist(), strict=True))
-    catalogue: pd.DataFrame = pa.concat_tables(parts).to_pandas()
+    catalogue: pd.DataFrame = table.to_pandas()
     catalogue["stamp_index"] += np.array([offsets[i] for i in catalogue["image_id"]], np.int64)
     return catalogue.sort_values("stamp_index", ignore_index=True)
 
