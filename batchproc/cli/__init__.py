@@ -23,6 +23,7 @@ from batchproc.cli.manifests import manifest
 from batchproc.cli.models import models
 from batchproc.cli.running import classify, demo, report, retry, run, status
 from batchproc.cli.submit import submit
+from batchproc.cli.verify import verify
 from batchproc.errors import BatchprocError
 
 __all__ = ["cli", "main"]
@@ -68,5 +69,5 @@ def cli() -> None:
     """Find what changed in the sky: image subtraction, detection and classification of whole surveys."""
 
 
-for _verb in (demo, manifest, run, submit, status, retry, report, classify, finish, models, evaluate):
+for _verb in (demo, manifest, run, submit, status, verify, retry, report, classify, finish, models, evaluate):
     cli.add_command(_verb)

@@ -12,9 +12,7 @@ import json
 import os
 import time
 import zlib
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -32,13 +30,12 @@ from batchproc.records import Receipt
 
 __all__ = [
     "ReceiptLog",
-    "Status",
+    "bad_lines",
     "finished_images",
     "forget_failures",
     "gather",
     "iter_failures",
     "iter_receipts",
-    "read_status",
 ]
 
 FAILURE_SCHEMA = pa.schema(
@@ -140,54 +137,6 @@ def forget_failures(folder: RunFolder, image_ids: Collection[str]) -> None:
         write_text(_log(folder), "".join(map(_line, kept)))
 
 
-@dataclass(frozen=True)
-class Status:
-    """How far a run has come.
-
-    Attributes
-    ----------
-    total, done, failed, bugs, missing : int
-        Images: in the manifest, finished, failed in a foreseen way, failed by a bug, not tried yet.
-    n_candidates : int
-    errors : dict
-        Number of failures by "stage: type of error", the most frequent first.
-    scores : dict
-        Number of score files of each model.
-    """
-
-    run: str
-    total: int
-    done: int
-    failed: int
-    bugs: int
-    missing: int
-    n_candidates: int
-    errors: Mapping[str, int] = field(default_factory=dict)
-    scores: Mapping[str, int] = field(default_factory=dict)
-
-
-def read_status(folder: RunFolder) -> Status:
-    """The `Status` of a run, while it is at work or afterwards."""
-    done = n_candidates = 0
-    for table in iter_markers(folder, ["n_candidates"]):
-        done += len(table)
-        n_candidates += sum(table["n_candidates"].to_pylist())
-    failures = _failures(folder).values()
-    statuses = Counter(row["status"] for row in failures)
-    total = pq.read_metadata(folder.manifest).num_rows
-    return Status(
-        run=str(folder.path),
-        total=total,
-        done=done,
-        failed=statuses["failed"],
-        bugs=statuses["bug"],
-        missing=total - done - len(failures),
-        n_candidates=n_candidates,
-        errors=dict(Counter(f"{row['stage']}: {row['error']}" for row in failures).most_common()),
-        scores={path.name: len(list(path.glob("[!.]*.parquet"))) for path in sorted(folder.scores.glob("*/"))},
-    )
-
-
 def _failures(folder: RunFolder) -> dict[str, dict[str, Any]]:
     """The newest row of each image that has failed and is not done."""
     failures: dict[str, dict[str, Any]] = {}
@@ -201,18 +150,28 @@ def _failures(folder: RunFolder) -> dict[str, dict[str, Any]]:
     return failures
 
 
+def bad_lines(folder: RunFolder) -> int:
+    """How many lines of the log are torn or altered."""
+    return sum(row is None for row in _lines(folder))
+
+
 def _logged(folder: RunFolder) -> Iterator[dict[str, Any]]:
+    """Rows of the log, without those that are torn, for their driver was killed, or altered."""
+    yield from (row for row in _lines(folder) if row is not None)
+
+
+def _lines(folder: RunFolder) -> Iterator[dict[str, Any] | None]:
     try:
         with _log(folder).open(encoding="utf-8", errors="replace") as file:
-            for line in file:
+            for line in filter(str.strip, file):
                 try:
                     row = json.loads(line)
                     if row.pop("crc") != _crc(row):
-                        continue
+                        raise ValueError("altered")
                     datetime.fromisoformat(row["time"])
                     receipt_of(row)
                 except (ValueError, KeyError, TypeError, AttributeError):
-                    continue  # torn, for its driver was killed, or altered: the image is tried again
+                    row = None
                 yield row
     except FileNotFoundError:
         return
