@@ -18,19 +18,21 @@ from typing import Any
 from batchproc.config import Config
 from batchproc.display import say, show
 from batchproc.distribute.campaign import process_images
-from batchproc.distribute.clusters import Where, local_workers, open_executor, watching, worker_memory
+from batchproc.distribute.clusters import Where, local_workers, open_executor, watching
 from batchproc.distribute.executors import Executor, WorkerDiedError
 from batchproc.distribute.plan import Plan, choose_spread, evenly, images_at_once, largest_need, plan_run
-from batchproc.distribute.prediction import check_memory
+from batchproc.distribute.prediction import fit, tile_bytes
 from batchproc.distribute.scoring import classify_chunks, plan_chunks
 from batchproc.distribute.signals import leaving_in_order
 from batchproc.distribute.tasks import Chunk
+from batchproc.distribute.tiles import tiles_under_way
 from batchproc.errors import ClusterError, ModelError, StorageError, UsageError
 from batchproc.io.events import EventLog, NullEvents
 from batchproc.io.freeze import check, complete_change, drop_strange, freeze
 from batchproc.io.manifest import read_manifest
-from batchproc.io.progress import Status, finished_images, gather, read_status
+from batchproc.io.progress import finished_images, gather
 from batchproc.io.run_folder import RunFolder
+from batchproc.io.status import Status, read_status
 from batchproc.records import ManifestEntry
 
 __all__ = ["RunSummary", "Steps", "classify", "plan", "retry", "run"]
@@ -374,12 +376,8 @@ class _Job:
         workers = local_workers(self.where.workers, threads)
         if self.spread(todo, workers) == "tiles":
             tasks, large = workers, images_at_once(len(todo), workers)
-        on_one_machine = self.where.cluster == "local"
-        check_memory(
-            need,
-            worker_memory(self.where, threads, tasks, large),
-            min(large or workers, tasks) if on_one_machine else None,
-        )
+        tiles = tile_bytes(self.settings.subtract.tile, tiles_under_way(workers)) if large else 0
+        fit(need, self.where, images=tasks, threads=threads, large=large, tiles=tiles).check()
         return open_executor(self.where, threads, tasks, large, folder=self.folder.log)
 
     def spread(self, todo: Sequence[ManifestEntry], workers: int) -> str:
@@ -391,6 +389,7 @@ class _Job:
         how = watching(self.where, executor)
         if how:
             say(how, quiet=self.quiet)
+            self.events.beat(dashboard=how.removeprefix("watch it at "))
         self.process(todo, images, executor)
         if self.stopped:
             return 0
