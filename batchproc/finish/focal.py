@@ -134,7 +134,7 @@ def count(job: Job, group: Group) -> None:
         for name, kept in zip(_COUNTS, (flags == 0, scorr > 0, scorr < 0), strict=True)
     }
     with replacing(job.path(group.counts)) as temporary, temporary.open("wb") as file:
-        np.savez(file, **counts)
+        np.savez(file, allow_pickle=False, **counts)
 
 
 def write_table(job: Job, groups: Sequence[Group]) -> int:

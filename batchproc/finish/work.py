@@ -6,6 +6,7 @@ inputs in its name. What is there under its final name is done: a killed step go
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -24,7 +25,8 @@ from batchproc.display import show
 from batchproc.distribute.executors import Executor, WorkerDiedError, sliding
 from batchproc.distribute.memory import keep_freed_memory
 from batchproc.distribute.threads import limit_threads
-from batchproc.io.atomic import remove, replacing
+from batchproc.distribute.transient import is_transient
+from batchproc.io.atomic import our_disk, remove, replacing
 from batchproc.io.index import Index, Place, iter_markers, read_index, results_digest
 from batchproc.io.run_folder import RunFolder
 
@@ -45,7 +47,8 @@ __all__ = [
 #: About the rows of a group: 200 MB in memory, with all columns.
 GROUP_ROWS = 500_000
 
-_TRIES = 3  # of a task whose worker dies: a node may be lost, a task that needs too much dies again
+_TRIES = 3  # of a task: a node may be lost or a file server away; a task that needs too much fails again
+_BACKOFF_S = 5.0
 _ROW_GROUP = 10_000
 _DIGESTS = ["rows_digest", "stamps_digest"]
 
@@ -227,7 +230,10 @@ class Workshop:
         return job
 
     def step(self, function: Callable[[Job, Any], Any], job: Job, items: Sequence[Any], what: str) -> None:
-        """Do the tasks of a step, and show how far they are. An error of a task ends it; what is done stays."""
+        """Do the tasks of a step, and show how far they are.
+
+        An error of a task ends it, and what is done stays. A disk that is full or broken is a `StorageError`.
+        """
         tasks = _carry_out(self.executor, partial(_prepared, function, job), items)
         for _ in show(tasks, len(items), what, quiet=self.quiet):
             pass
@@ -284,19 +290,26 @@ def digest(*parts: str) -> str:
 
 def _prepared(function: Callable[[Job, Item], Any], job: Job, item: Item) -> Any:
     job.prepare()
-    return function(job, item)
+    with our_disk(job.folder.path):
+        return function(job, item)
 
 
 def _carry_out(executor: Executor, function: Callable[[Item], Any], items: Sequence[Item]) -> Iterator[Item]:
-    """Yields each item when its task is done; one whose worker died is tried again, `_TRIES` times in all."""
+    """Yields each item when its task is done.
+
+    One whose worker died, or whose error may heal by itself, is tried again when the others are done.
+    """
     left = list(items)
     for attempt in range(1, _TRIES + 1):
-        lost = []
+        again = []
         for item, outcome in sliding(executor, function, left):
-            if isinstance(outcome.error, WorkerDiedError) and attempt < _TRIES:
-                lost.append(item)
-            elif outcome.error is not None:
-                raise outcome.error
-            else:
+            error = outcome.error
+            if error is None:
                 yield item
-        left = lost
+            elif attempt < _TRIES and (isinstance(error, WorkerDiedError) or is_transient(error)):
+                again.append(item)
+            else:
+                raise error
+        left = again
+        if left:
+            time.sleep(_BACKOFF_S * attempt)
