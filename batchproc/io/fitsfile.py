@@ -289,8 +289,9 @@ class FitsFile:
             with quiet():
                 raw = self._list[index]
                 header = raw.header
-                if index and header.cards[0].keyword != "XTENSION":  # no HDU: what stands there is rubble
-                    raise IndexError(index)
+                compressed = isinstance(raw, fits.CompImageHDU)
+                if index and not compressed and header.cards[0].keyword != "XTENSION":
+                    raise IndexError(index)  # rubble that astropy takes for an HDU
                 shape = tuple(int(header.get(f"NAXIS{n}", 0)) for n in range(int(header.get("NAXIS", 0)), 0, -1))
                 name, version = str(raw.name).strip().upper(), int(raw.ver)
                 table = isinstance(raw, fits.BinTableHDU | fits.TableHDU)
