@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,16 @@ import pytest
 
 from batchproc import open_catalogue, open_stamps
 from batchproc.errors import RunMismatchError, UsageError
-from batchproc.io.catalogue import SCHEMA, make_rows, read_part, scored_images, write_part, write_scores
+from batchproc.io.catalogue import (
+    SCHEMA,
+    forget_scores,
+    make_rows,
+    read_part,
+    scored_images,
+    scores_digest,
+    write_part,
+    write_scores,
+)
 from batchproc.records import CATALOGUE
 from tests import _runs
 
@@ -142,6 +152,21 @@ def test_scores_of_another_version_are_not_mixed(folder):
     assert scored_images(folder, THREE) == set()
     with pytest.raises(RunMismatchError, match=r"version 1\.2 .*now is version 2"):
         scored_images(folder, SimpleNamespace(name="cnn", version="2", hash="fff", normalisation="noise"))
+
+
+def test_scores_carry_a_digest_of_what_they_say(folder):
+    """Of the scores, of whom they are about, and of the model: also after some were forgotten."""
+    score(folder, "a", [0.1, 0.2, 0.3, 0.4])
+    path = folder.scores_of("cnn") / "both.parquet"
+    write_scores(path, np.array(["a", "z"]), np.array(["a-0", "z-0"]), np.float32([0.5, 0.6]), MODEL)
+    forget_scores(folder, ["z"])
+    for part in folder.scores_of("cnn").iterdir():
+        table = pq.read_table(part)
+        said = table.schema.metadata
+        assert json.loads(said[b"images"]) == ["a"] == sorted(set(table["image_id"].to_pylist()))
+        assert scores_digest(table) == said[b"digest"].decode()
+        assert scores_digest(table.replace_schema_metadata(said | {b"hash": b"other"})) != said[b"digest"].decode()
+        assert scores_digest(table.slice(1)) != said[b"digest"].decode()
 
 
 def test_a_run_without_candidates_keeps_its_types(tmp_path):

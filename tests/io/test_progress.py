@@ -19,8 +19,8 @@ from batchproc.io.progress import (
     gather,
     iter_failures,
     iter_receipts,
-    read_status,
 )
+from batchproc.io.status import read_status
 from batchproc.records import Receipt
 from tests import _runs
 
