@@ -25,6 +25,9 @@ QUEUES = ("slurm", "pbs", "lsf")
 #: What the process that watches the workers of a job, and starts them anew, takes for itself.
 LAUNCHER_MEMORY = 200 * 2**20
 
+#: What a worker holds that has imported everything, and some.
+LEAST_MEMORY = 400 * 10**6
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
@@ -158,9 +161,11 @@ class Site:
             all(isinstance(n, (int, float)) and not isinstance(n, bool) and n > 0 for n in self.resources.values()),
             f"resources = {dict(self.resources)}: must be positive numbers",
         )
+        share = self.worker_memory(threads=1)
         _require(
-            self.memory_bytes >= 2 * LAUNCHER_MEMORY,
-            f"memory = {self.memory!r}: must be at least {2 * LAUNCHER_MEMORY}",
+            share >= LEAST_MEMORY,
+            f"memory = {self.memory!r}: leaves {share / 1e6:.0f} MB to each of {self.processes(1)} workers; they need "
+            f"{LEAST_MEMORY / 1e6:.0f} MB before they have seen an image: more memory, or workers = fewer",
         )
 
     @classmethod
