@@ -228,8 +228,6 @@ class FitsFile:
         try:
             with quiet():
                 raw = self._list[hdu.index]
-                if isinstance(raw, fits.CompImageHDU):
-                    _require_all_tiles(raw)
                 data = raw.data if section is None else raw.section[(0,) * (len(raw.shape) - 2) + section]
         except MemoryError:
             raise
@@ -278,6 +276,22 @@ class FitsFile:
             raise self.error(
                 f"truncated: {self._size} bytes", f"at least {end}, by the header of this HDU", hdu=hdu.index
             )
+        if compressed:
+            self._require_all_tiles(hdu, raw)
+
+    def _require_all_tiles(self, hdu: Hdu, image: Any) -> None:
+        """Raise `ReadError` unless a compressed image has the tiles that its header claims: no fewer, and no more."""
+        try:
+            with quiet():
+                tile, found = image.tile_shape, len(image.compressed_data)
+            claimed = (
+                math.prod(-(-n // side) for n, side in zip(image.shape, tile, strict=True)) if min(tile) > 0 else 0
+            )
+        except Exception as error:
+            raise self._bad_header(hdu.index, error) from self._cause(error)
+        if found != claimed:
+            expected = f"{claimed}, as its header claims ({' x '.join(map(str, tile[::-1]))} pixels each)"
+            raise self.error(f"{found} compressed tiles", expected, hdu=hdu.index)
 
     def _bad_header(self, index: int, error: Exception) -> ReadError:
         found = f"a header that cannot be parsed ({first_line(error)})"
@@ -435,16 +449,6 @@ def _copy(source: Any, target: BinaryIO, size: int) -> None:
     while size > 0 and (piece := source.read(min(size, 2**22))):
         target.write(piece)
         size -= len(piece)
-
-
-def _require_all_tiles(image: Any) -> None:
-    """Raise ValueError unless a compressed image has the tiles that its header claims: no fewer, and no more."""
-    if min(image.tile_shape) < 1:
-        raise ValueError(f"tiles of {' x '.join(map(str, image.tile_shape[::-1]))} pixels")
-    found = len(image.compressed_data)
-    claimed = math.prod(-(-n // tile) for n, tile in zip(image.shape, image.tile_shape, strict=True))
-    if found != claimed:
-        raise ValueError(f"{found} tiles, the header claims {claimed}")
 
 
 def _size_claimed(stream: BinaryIO) -> str:

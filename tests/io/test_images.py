@@ -638,11 +638,13 @@ def test_a_compressed_image_has_the_tiles_that_it_claims(tmp_path: Path) -> None
     for claimed in (10, 20_000_000):
         path.write_bytes(content.replace(f"ZNAXIS2 = {40:20d}".encode(), f"ZNAXIS2 = {claimed:20d}".encode()))
         tracemalloc.start()
-        with pytest.raises(ReadError, match=rf"40 tiles, the header claims {claimed}"):
+        with pytest.raises(ReadError, match=rf"40 compressed tiles; expected {claimed}, as its header claims"):
             read_image(path)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 3e7
+        with pytest.raises(ReadError):  # a plan of memory that believed it would refuse the whole campaign
+            inspect_image(path)
 
 
 def test_a_gzip_is_unpacked_no_further_than_its_headers_claim(tmp_path: Path) -> None:
