@@ -117,6 +117,8 @@ class Where:
         """Raise `UsageError` for what `open_executor` would refuse; connects to nothing."""
         if self.min_jobs is not None and self.max_jobs is not None and self.min_jobs > self.max_jobs:
             raise UsageError(f"min_jobs = {self.min_jobs} is more than max_jobs = {self.max_jobs}")
+        if self.performance_report is not None and self.cluster == "serial":
+            raise UsageError("a performance report is Dask's, and a serial run has none: `--cluster local --workers 1`")
         self.site()
 
 
@@ -166,10 +168,24 @@ def open_executor(
                 resources=tuple(site.resources),
             )
         if where.performance_report is not None:
-            from distributed import performance_report
-
-            stack.enter_context(performance_report(filename=str(where.performance_report)))
+            stack.enter_context(_performance_report(Path(where.performance_report)))
         yield executor
+
+
+@contextmanager
+def _performance_report(path: Path) -> Iterator[None]:
+    """Dask's own report of what happens in the block; a run does not fail for want of it."""
+    from distributed import performance_report
+
+    report = performance_report(filename=str(path))
+    report.__enter__()
+    try:
+        yield
+    finally:
+        try:
+            report.__exit__(None, None, None)
+        except Exception as error:
+            warnings.warn(f"{path}: Dask's performance report was not written ({error})", stacklevel=2)
 
 
 def worker_memory(where: Where, threads: int = 1, tasks: int = 10**9, large: int | None = None) -> int | None:
