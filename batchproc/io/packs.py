@@ -18,6 +18,7 @@ old files. Until it is through there are two copies of an image, both right, of 
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -280,7 +281,7 @@ def _write_pack(
     missing = [path for path in files.values() if not path.is_file()]
     if missing:  # another driver took us for dead
         marker.unlink()
-        raise FileNotFoundError(f"{missing[0]}: removed while the pack was written")
+        raise OSError(errno.ESTALE, "removed while the pack was written: another driver has the run", str(missing[0]))
     return name, {row["image_id"] for row in rows}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -74,6 +75,8 @@ def store_image(
     ------
     StorageError
         The disk does not take it: it is full, read-only, or broken.
+    OSError
+        The disk was away for a moment, or somebody removes what is stored.
     ValueError
         Rows, stamps and receipt are not of one number.
     """
@@ -99,6 +102,7 @@ def store_image(
             files=files,
         )
         write_marker(folder.marker(entry.image_id), marker)
+        _check_kept(folder, entry.image_id, len(stamps))
     return receipt
 
 
@@ -113,6 +117,15 @@ def stored_receipt(folder: RunFolder, entry: ManifestEntry, config_digest: str) 
         return None
     same = (marker.config_digest, marker.entry_digest, marker.digest) == (config_digest, entry_digest(entry), digest)
     return marker.receipt if same else None
+
+
+def _check_kept(folder: RunFolder, image_id: str, n: int) -> None:
+    """Undo the marker of a task that was taken for dead, by a driver that removed what it had not marked yet."""
+    needed = [folder.catalogue_part(image_id), *([folder.stamps_part(image_id)] if n else [])]
+    missing = [path for path in needed if not path.exists()]
+    if missing:
+        folder.marker(image_id).unlink(missing_ok=True)
+        raise OSError(errno.ESTALE, "removed while its image was stored: another driver has the run", str(missing[0]))
 
 
 def _write_parts(
