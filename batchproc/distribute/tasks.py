@@ -36,6 +36,7 @@ from batchproc.records import ManifestEntry, Receipt
 
 if TYPE_CHECKING:
     from batchproc.io.index import Place
+    from batchproc.io.packs import Packed, RollUp
 
 __all__ = [
     "Answer",
@@ -43,6 +44,7 @@ __all__ = [
     "Job",
     "classify_chunk",
     "overdue_note",
+    "pack_images",
     "process_image",
     "process_trial",
     "under_way_file",
@@ -171,6 +173,7 @@ def process_image(job: Job, process: Process, entry: ManifestEntry) -> Receipt:
         Another worker died under a tile of the image.
     """
     from batchproc.io.markers import input_digest
+    from batchproc.io.staging import staged
     from batchproc.io.store import store_image, stored_receipt
 
     folder, config = _prepare(job)
@@ -180,14 +183,15 @@ def process_image(job: Job, process: Process, entry: ManifestEntry) -> Receipt:
     cpu = time.process_time()
     try:
         inputs = input_digest(entry)
-        if job.spread == "tiles":
-            from batchproc.distribute.tiles import TileMap
+        with staged(entry) as local:
+            if job.spread == "tiles":
+                from batchproc.distribute.tiles import TileMap
 
-            map_tiles = TileMap(partial(_prepare, job))
-            result = process(entry, config, map_tiles=map_tiles)
-            cpu -= map_tiles.cpu_elsewhere
-        else:
-            result = process(entry, config)
+                map_tiles = TileMap(partial(_prepare, job))
+                result = process(local, config, map_tiles=map_tiles)
+                cpu -= map_tiles.cpu_elsewhere
+            else:
+                result = process(local, config)
         receipt = replace(result.receipt, **_use(cpu))
         return store_image(folder, entry, result.catalogue, result.stamps, receipt, config.image_digest, inputs=inputs)
     except (WorkerDiedError, StorageError):  # no matter of this image: the campaign knows what to do
@@ -197,10 +201,17 @@ def process_image(job: Job, process: Process, entry: ManifestEntry) -> Receipt:
         return _failed(entry, status, error, cpu, stage=error.stage, metadata=error.metadata)
     except Exception as error:
         details = {"stage": _stage(error), "traceback": traceback.format_exc()}
-        status = Mishap.TRANSIENT if is_transient(error) else "bug"
         if isinstance(error, MemoryError):
-            status = Mishap.OVERRAN
-        return _failed(entry, status, error, cpu, **details)
+            limit = MemoryLimitError(f"{entry.new}: more memory than there is: {error}")
+            return _failed(entry, Mishap.OVERRAN, limit, cpu, **details)
+        return _failed(entry, Mishap.TRANSIENT if is_transient(error) else "bug", error, cpu, **details)
+
+
+def pack_images(job: Job, number: int, plan: RollUp) -> Packed:
+    """Roll images up into a pack; raises `StorageError` where the disk does not take it."""
+    from batchproc.io.packs import roll_up
+
+    return roll_up(RunFolder(Path(job.run)), number, plan.image_ids, plan.packs)
 
 
 def overdue_note(folder: RunFolder, image_id: str) -> Path:
