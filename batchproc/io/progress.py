@@ -31,6 +31,7 @@ from batchproc.records import Receipt
 __all__ = [
     "ReceiptLog",
     "bad_lines",
+    "failure_log",
     "finished_images",
     "forget_failures",
     "gather",
@@ -58,7 +59,7 @@ class ReceiptLog:
     """
 
     def __init__(self, folder: RunFolder) -> None:
-        self._file = _log(folder).open("a", encoding="utf-8")
+        self._file = failure_log(folder).open("a", encoding="utf-8")
         self._synced = time.monotonic()
         if self._file.tell():  # a driver that was killed may have left half a line
             self._file.write("\n")
@@ -93,7 +94,7 @@ def gather(folder: RunFolder) -> None:
     of what is done.
     """
     failures = _failures(folder)
-    write_text(_log(folder), "".join(map(_line, failures.values())))
+    write_text(failure_log(folder), "".join(map(_line, failures.values())))
     failed = [row | {"time": datetime.fromisoformat(row["time"])} for row in failures.values()]
     paths = {entry.image_id: entry.new for entry in folder.entries() if entry.image_id in failures} if failed else {}
     with (
@@ -134,7 +135,7 @@ def forget_failures(folder: RunFolder, image_ids: Collection[str]) -> None:
     rows = list(_logged(folder))
     kept = [row for row in rows if row["image_id"] not in image_ids]
     if len(kept) < len(rows):
-        write_text(_log(folder), "".join(map(_line, kept)))
+        write_text(failure_log(folder), "".join(map(_line, kept)))
 
 
 def _failures(folder: RunFolder) -> dict[str, dict[str, Any]]:
@@ -162,7 +163,7 @@ def _logged(folder: RunFolder) -> Iterator[dict[str, Any]]:
 
 def _lines(folder: RunFolder) -> Iterator[dict[str, Any] | None]:
     try:
-        with _log(folder).open(encoding="utf-8", errors="replace") as file:
+        with failure_log(folder).open(encoding="utf-8", errors="replace") as file:
             for line in filter(str.strip, file):
                 try:
                     row = json.loads(line)
@@ -186,5 +187,6 @@ def _crc(row: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(row, sort_keys=True).encode())
 
 
-def _log(folder: RunFolder) -> Path:
+def failure_log(folder: RunFolder) -> Path:
+    """``log/failures.jsonl``."""
     return folder.log / "failures.jsonl"

@@ -43,7 +43,7 @@ from batchproc.io.markers import (
     rows_digest,
 )
 from batchproc.io.packs import forget, next_pack_number, pack_files, roll_up, tidy
-from batchproc.io.progress import bad_lines
+from batchproc.io.progress import bad_lines, failure_log
 from batchproc.io.run_folder import RunFolder
 from batchproc.io.shards import SHARD, open_shard
 from batchproc.io.stamps import CHUNK_ROWS
@@ -439,14 +439,16 @@ def _check_log(folder: RunFolder) -> Iterator[Checked]:
                 for batch in file.iter_batches():
                     batch.validate(full=True)
         except FileNotFoundError:
-            continue
+            why = "not there; the next run writes it anew"
+            yield Checked(problems=(Problem("missing", str(path), why, cure=""),))
         except _UNREADABLE as error:
             message = f"cannot be read ({error}); the next run writes it anew"
             yield Checked(problems=(Problem("altered", str(path), message, cure="remove"),))
-    lines = bad_lines(folder)
-    if lines:
-        message = f"{lines} lines are torn or altered; the images of which they told that they failed are tried again"
-        yield Checked(problems=(Problem("altered", str(folder.log / "failures.jsonl"), message, cure=""),))
+    log, then = failure_log(folder), "images that failed by what it told are tried again"
+    if not log.is_file():
+        yield Checked(problems=(Problem("missing", str(log), then, cure=""),))
+    elif lines := bad_lines(folder):
+        yield Checked(problems=(Problem("altered", str(log), f"{lines} lines are torn or altered; {then}", cure=""),))
 
 
 def _orphans(folder: RunFolder) -> Iterator[Problem]:
