@@ -44,8 +44,8 @@ __all__ = [
     "missing",
 ]
 
-#: About the rows of a group: 200 MB in memory, with all columns.
-GROUP_ROWS = 500_000
+#: About the rows of a group: 200 MB of memory while they are split.
+GROUP_ROWS = 250_000
 
 _TRIES = 3  # of a task: a node may be lost or a file server away; a task that needs too much fails again
 _BACKOFF_S = 5.0

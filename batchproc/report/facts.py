@@ -15,10 +15,12 @@ from scipy.spatial import cKDTree
 
 from batchproc.errors import UsageError
 from batchproc.io.catalogue import open_catalogue
+from batchproc.io.events import read_events
 from batchproc.io.progress import iter_receipts
 from batchproc.io.run_folder import RunFolder
 from batchproc.io.stamps import open_stamps
 from batchproc.records import Flag, Receipt
+from batchproc.report.times import Course, read_course
 
 __all__ = ["HISTOGRAM_EDGES", "MATCH_PIX", "Candidate", "Facts", "Truth", "flag_names", "gather_facts"]
 
@@ -120,6 +122,10 @@ class Facts:
     models : dict
     best, aside : list of Candidate
     truth : Truth or None
+    focal_planes : DataFrame or None
+        ``focal_planes.parquet``, where the run has it.
+    course : Course or None
+        What happened when, where a driver wrote it down.
     """
 
     name: str
@@ -137,6 +143,8 @@ class Facts:
     best: list[Candidate]
     aside: list[Candidate]
     truth: Truth | None
+    focal_planes: pd.DataFrame | None = None
+    course: Course | None = None
 
     @property
     def scores(self) -> NDArray[np.float64]:
@@ -171,6 +179,8 @@ def gather_facts(folder: RunFolder, truth: str | Path | None = None) -> Facts:
         best=best,
         aside=aside,
         truth=matched,
+        focal_planes=_read_focal_planes(folder),
+        course=read_course(read_events(folder)),
     )
 
 
@@ -233,6 +243,16 @@ def _add_filter(images: pd.DataFrame, catalogue: pd.DataFrame) -> pd.DataFrame:
         images[name] = images[name].where(images[name].notna(), found) if name in images else found
     images["filter"] = images["filter"].fillna("").replace("", "unknown")
     return images
+
+
+def _read_focal_planes(folder: RunFolder) -> pd.DataFrame | None:
+    """Images that belong to an exposure, in the order of time; None where `batchproc finish` has not made the table."""
+    path = folder.path / "focal_planes.parquet"
+    if not path.is_file():
+        return None
+    columns = ["exposure_id", "ccd", "mjd", "status", "n_candidates", "fwhm_new", "seeing", "depth"]
+    table = pd.read_parquet(path, columns=columns)
+    return table[table["exposure_id"] != ""].sort_values("mjd", kind="stable", ignore_index=True)
 
 
 def _inputs(folder: RunFolder) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from scipy.special import ndtr
 
 from batchproc.report.facts import HISTOGRAM_EDGES, Facts, Truth
 
-__all__ = ["completeness", "positions", "quality", "scores", "significance", "sky_noise", "steps"]
+__all__ = ["completeness", "positions", "quality", "scores", "significance", "sky_noise", "steps", "to_svg"]
 
 #: Stand-ins that Matplotlib draws with, and the variables of the style sheet that take their place.
 INK, MUTED, GRID, BLUE, ORANGE, GREEN, PAPER = (f"#01010{i}" for i in range(1, 8))
@@ -77,7 +77,7 @@ def sky_noise(facts: Facts) -> str:
             axis.axvline(sign * facts.threshold, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
         axis.legend(loc="upper right")
 
-    return _svg("sky", "Histogram of blank-sky S_corr against a unit normal", draw)
+    return to_svg("sky", "Histogram of blank-sky S_corr against a unit normal", draw)
 
 
 def completeness(truth: Truth, threshold: float, *, with_scores: bool) -> str:
@@ -113,7 +113,7 @@ def completeness(truth: Truth, threshold: float, *, with_scores: bool) -> str:
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.legend(loc="best")
 
-    return _svg("complete", "Fraction of known transients found against expected S/N", draw)
+    return to_svg("complete", "Fraction of known transients found against expected S/N", draw)
 
 
 def positions(truth: Truth) -> str:
@@ -136,7 +136,7 @@ def positions(truth: Truth) -> str:
         right.xaxis.set_major_formatter(FuncFormatter(lambda t, _: f"{t:g}"))
         right.xaxis.set_minor_formatter(NullFormatter())
 
-    return _svg("positions", "Position and flux errors of the known transients that were found", draw)
+    return to_svg("positions", "Position and flux errors of the known transients that were found", draw)
 
 
 def scores(facts: Facts) -> str:
@@ -161,7 +161,7 @@ def scores(facts: Facts) -> str:
         if known is not None:
             axis.legend(loc="upper center")
 
-    return _svg("scores", "Distribution of the scores of all candidates", draw)
+    return to_svg("scores", "Distribution of the scores of all candidates", draw)
 
 
 def significance(facts: Facts) -> str:
@@ -189,7 +189,7 @@ def significance(facts: Facts) -> str:
         axes[0].set_ylabel("candidates")
         axes[1].legend(loc="upper right")
 
-    return _svg("significance", "Candidates against their significance, for both signs", draw)
+    return to_svg("significance", "Candidates against their significance, for both signs", draw)
 
 
 def steps(images: pd.DataFrame) -> str:
@@ -221,7 +221,7 @@ def steps(images: pd.DataFrame) -> str:
         axis.set_xlim(0, right * 1.12)
         axis.legend(loc="lower right")
 
-    return _svg("steps", "Mean seconds of each step per image", draw, height=0.9 + 0.27 * len(names))
+    return to_svg("steps", "Mean seconds of each step per image", draw, height=0.9 + 0.27 * len(names))
 
 
 #: Small multiples: title, and (column, label, colour) of each series; several candidates for a column's name.
@@ -263,7 +263,7 @@ def quality(images: pd.DataFrame) -> str:
         for axis in axes[max(0, len(panels) - 3) : len(panels)]:
             axis.set_xlabel("image")
 
-    return _svg("quality", "Measured quality of each image", draw, width=12.4, height=2.3 * -(-len(panels) // 3))
+    return to_svg("quality", "Measured quality of each image", draw, width=12.4, height=2.3 * -(-len(panels) // 3))
 
 
 def _breathe(axis: Axes) -> None:
@@ -290,7 +290,7 @@ def _fractions(hits: NDArray, values: NDArray, bins: NDArray, n: int) -> Sequenc
     return [np.array(column) for column in zip(*rows, strict=True)]
 
 
-def _svg(name: str, label: str, draw: Callable[[Figure], None], *, width: float = 5.6, height: float = 3.1) -> str:
+def to_svg(name: str, label: str, draw: Callable[[Figure], None], *, width: float = 5.6, height: float = 3.1) -> str:
     """Draw, and turn the drawing into SVG that takes its colours and letters from the page."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")

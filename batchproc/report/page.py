@@ -10,7 +10,9 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from batchproc.report import figures
+from batchproc.report.course import course_section
 from batchproc.report.facts import HISTOGRAM_EDGES, MATCH_PIX, REAL, Candidate, Facts, Truth
+from batchproc.report.focal import focal_section
 from batchproc.report.stamps import triplet_png
 
 __all__ = ["render"]
@@ -62,6 +64,8 @@ def render(facts: Facts) -> str:
         truth=_truth(facts.truth),
         images=_image_table(facts.images),
         failures=_failures(facts),
+        focal=None if facts.focal_planes is None else focal_section(facts.focal_planes),
+        course=None if facts.course is None else course_section(facts.course),
         cost=_cost(facts.images),
         real=REAL,
         match=MATCH_PIX,
