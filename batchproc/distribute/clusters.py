@@ -42,6 +42,9 @@ DASK = {
     # What the live page keeps of each task, and a look at every thread a hundred times a second, are not for free.
     "distributed.scheduler.dashboard.tasks.task-stream-length": 5000,
     "distributed.worker.profile.enabled": False,
+    # Messages and transitions that are kept for who debugs Dask: a call for 200 images has 60 kB, and would be there
+    # twice.
+    "distributed.admin.low-level-log-length": 20,
 }
 
 #: Seconds after which a local cluster that has lost all its processes is given up.
