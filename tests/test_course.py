@@ -1,0 +1,80 @@
+"""The course of a campaign, from the events of its drivers."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pytest
+
+from batchproc.report.course import course_section, draw_course
+from batchproc.report.times import read_course
+
+BEGUN = datetime(2026, 11, 1, 12, tzinfo=UTC)
+
+
+def at(seconds: float, event: str, **fields):
+    return {"time": (BEGUN + timedelta(seconds=seconds)).isoformat(), "event": event, **fields}
+
+
+def campaign(images: int = 100):
+    """Two drivers, the first one killed; a few failures; a night between them."""
+    yield at(0, "run_begun", to_do=2 * images)
+    yield at(1, "workers", workers=8)
+    for i in range(images):
+        yield at(10 + i, "image_done", image_id=str(i))
+        if i % 10 == 0:
+            yield at(10 + i, "image_failed", image_id=f"f{i}", stage="align", error="AlignError")
+    yield at(20, "image_retried", image_id="x")
+    yield at(50_000, "run_begun", to_do=images)
+    yield at(50_001, "workers", workers=16)
+    for i in range(images):
+        yield at(50_010 + i, "image_done", image_id=str(i))
+    yield at(50_200, "image_failed", image_id="y", stage="read", error="ReadError")
+    yield at(50_300, "run_ended", reason="finished")
+
+
+def test_times_count_from_the_first_event() -> None:
+    """Images, failures by cause, workers, drivers, and what had to be tried again."""
+    course = read_course(campaign())
+    assert course is not None
+    assert len(course.done) == 200
+    assert (course.done[0], course.done[-1]) == (10, 50_109)
+    assert {cause: len(times) for cause, times in course.failed.items()} == {
+        "align: AlignError": 10,
+        "read: ReadError": 1,
+    }
+    np.testing.assert_array_equal(course.drivers, [[0, 109], [50_000, 50_300]])
+    np.testing.assert_array_equal(course.workers[:, 1], [0, 8, 0, 16, 0])
+    assert course.at_work == 409
+    assert course.trouble == {"image_retried": 1}
+
+
+def test_without_events_there_is_no_course() -> None:
+    """Nor where none of them can be dated."""
+    assert read_course([]) is None
+    assert read_course([{"time": "yesterday", "event": "image_done"}]) is None
+
+
+def test_the_section_says_it_in_words_and_a_drawing() -> None:
+    """When it began, how long there was work, by how many drivers; a curve, causes, workers."""
+    course = read_course(campaign())
+    assert course is not None
+    section = course_section(course)
+    assert section["begun"] == "2026-11-01 12:00 UTC"
+    assert (section["drivers"], section["at_work"], section["in_all"]) == (2, "6 min 49 s", "13 h 58 min")
+    assert section["trouble"] == ["1 tried again"]
+    for word in ("images done", "failures", "workers", "align: AlignError", "hours since the run began"):
+        assert word in section["svg"]
+    assert "#0101" not in section["svg"]
+
+
+@pytest.mark.parametrize("images", [0, 1, 50_000])
+def test_a_drawing_is_small_whatever_the_run(images: int) -> None:
+    """Of a long run some points are drawn, of a run that has just begun what there is."""
+    course = read_course(campaign(images))
+    assert course is not None
+    svg = draw_course(course)
+    assert len(svg) < 120_000
+    assert re.match(r'<svg role="img" aria-label="Images finished over time"', svg)
