@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 import re
+import shlex
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,7 @@ import dask
 from distributed import Adaptive, Client
 from distributed.core import Status
 
-from batchproc.distribute.batch import SYSTEMS, worker_options
+from batchproc.distribute.batch import SYSTEMS, BatchSystem, worker_options
 from batchproc.distribute.sites import Site
 from batchproc.distribute.tls import security_of, temporary_certificates
 from batchproc.errors import ClusterError
@@ -32,6 +33,7 @@ __all__ = ["JobKeeper", "open_jobs"]
 ADAPT_S = 2.0  # how often the number of jobs is looked at
 LOOK_S = 15.0  # the batch system is asked no more often than this
 AT_ONCE = 20  # jobs that are submitted together
+REST_S = 10.0  # after a refusal, twice as long after each more
 _DASK = {
     # `JobKeeper` judges which jobs are lost; Dask would cancel one whose worker takes long to start again.
     "distributed.deploy.lost-worker-timeout": "1 week",
@@ -73,7 +75,7 @@ def open_jobs(
             keys = stack.enter_context(temporary_certificates(folder))
         security = security_of(keys) if site.tls else None
         cluster = stack.enter_context(
-            type("Jobs", (_Jobs, system.cluster_class), {})(
+            _class_of(system)(
                 name="batchproc",
                 scheduler_options={"dashboard_address": "127.0.0.1:8787"},
                 silence_logs=logging.CRITICAL,
@@ -94,6 +96,14 @@ def open_jobs(
         yield stack.enter_context(Client(cluster))
 
 
+class _Job:
+    """What we add to a job of dask-jobqueue."""
+
+    async def _submit_job(self: Any, script: str) -> str:
+        """By standard input, as all take it. Of ``bsub``'s words dask-jobqueue would throw away why it refuses."""
+        return str(await self._call([f"{self.submit_command} < {shlex.quote(script)}"], shell=True))
+
+
 class _Jobs:
     """What we add to a cluster of dask-jobqueue."""
 
@@ -112,6 +122,12 @@ class _Jobs:
     async def _close(self: Any) -> None:
         self._created.clear()  # else a job whose submission was refused fails an assertion of Dask's
         await super()._close()  # type: ignore[misc]
+
+
+def _class_of(system: BatchSystem) -> Any:
+    """The cluster of dask-jobqueue for a batch system, with what we add."""
+    job = type("Job", (_Job, system.cluster_class.job_cls), {})
+    return type("Jobs", (_Jobs, system.cluster_class), {"job_cls": job})
 
 
 class JobKeeper(Adaptive):
@@ -135,7 +151,7 @@ class JobKeeper(Adaptive):
             self._refused = 0
         except Exception as error:
             self._refused += 1
-            rest = min(600.0, 5.0 * 2**self._refused)
+            rest = min(600.0, REST_S * 2 ** (self._refused - 1))
             self._rest_until = time.monotonic() + rest
             _log.warning("the batch system does not answer or refuses: %s; again in %.0f s", _plain(error), rest)
 
