@@ -30,6 +30,7 @@ from batchproc.errors import ClusterError, ModelError, StorageError, UsageError
 from batchproc.io.events import EventLog, NullEvents
 from batchproc.io.freeze import check, complete_change, drop_strange, freeze
 from batchproc.io.manifest import read_manifest
+from batchproc.io.packs import plan_roll_ups, tidy
 from batchproc.io.progress import finished_images, gather
 from batchproc.io.run_folder import RunFolder
 from batchproc.io.status import Status, read_status
@@ -307,6 +308,7 @@ class _Job:
     def take_stock(self) -> None:
         """Bring the log up to what the markers say, without those of images that were done with other settings."""
         complete_change(self.folder)
+        tidy(self.folder)
         n = drop_strange(self.folder)
         if n:
             say(f"{n} images were done with other settings: they count as missing", quiet=self.quiet)
@@ -332,7 +334,7 @@ class _Job:
             self.events.beat(to_do=len(todo), done=0, failed=0)
             reason = "interrupted"
             try:
-                if todo or chunks:
+                if todo or chunks or plan_roll_ups(self.folder):
                     with place as executor:
                         scored = self.compute(todo, images, executor)
                 reason = "stopped" if self.stopped else "finished"

@@ -116,8 +116,8 @@ def test_a_deadly_image_is_a_failure_and_its_neighbours_are_not(tmp_path, schedu
     summary = run(_runs.entries(*names), tmp_path / "run", config=_runs.CONFIG, **SERIAL | {"cluster": scheduler})
     assert (summary.status.done, summary.status.failed, summary.exit_code) == (9, 1, 1)
     row = pd.read_parquet(tmp_path / "run" / "failures.parquet").iloc[0]
-    assert (row["image_id"], row["error"]) == ("deadly", "WorkerDiedError")
-    assert "--workers" in row["message"]
+    assert (row["image_id"], row["error"]) == ("deadly", "CrashError")
+    assert "exit code 9" in row["message"]
 
 
 def test_a_killed_driver_is_resumed(tmp_path):

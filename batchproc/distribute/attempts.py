@@ -168,6 +168,10 @@ class Attempts:
         del self._under_way[image_id]
         self._counts.pop(image_id, None)
 
+    def again(self, entry: ManifestEntry) -> None:
+        """An image that had ended is to be done once more."""
+        self._queue(entry)
+
     def mishap(self, entry: ManifestEntry, mishap: Mishap, now: float) -> bool:
         """Something went wrong with an image that was under way; returns whether that is its end.
 

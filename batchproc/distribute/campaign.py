@@ -11,13 +11,14 @@ import math
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 
 from batchproc.distribute.attempts import Attempts, Counts, Mishap, Trial
 from batchproc.distribute.executors import Executor, Outcome, WorkerDiedError
 from batchproc.distribute.order import Pace, longest_first
+from batchproc.distribute.packing import Packing
 from batchproc.distribute.plan import images_at_once
 from batchproc.distribute.tasks import Answer, Job, Process, overdue_note, process_trial, under_way_file
 from batchproc.distribute.transient import is_transient
@@ -141,17 +142,27 @@ class _Campaign:
         self.window = images_at_once(images, executor.workers) if job.spread == "tiles" else None
         self.pace = Pace()
         self.under_way: dict[Hashable, Trial] = {}
+        self.packing = Packing(folder, job, executor, events, tell)
+        self.redone: set[str] = set()
         self.workers = 0
         self.told_absent = -math.inf
 
     def last_words(self) -> Iterator[Receipt]:
-        """Until every image has ended."""
+        """Until every image has ended, and is rolled up."""
+        self.packing.submit_full()
         while True:
             self.submit()
             if self.attempts.finished:
-                return
-            answers = self.executor.wait(self.patience())
-            ended = [receipt for ticket, outcome in answers for receipt in self.receive(ticket, outcome)]
+                if self.packing.idle:
+                    self.packing.submit_rest()
+                if self.packing.idle:
+                    return
+            ended: list[Receipt] = []
+            for ticket, outcome in self.executor.wait(self.patience()):
+                if ticket in self.packing:
+                    self.redo(self.packing.receive(ticket, outcome))
+                else:
+                    ended += self.receive(ticket, outcome)
             if ended:
                 self.submit()  # before somebody draws them
             self.look_around()
@@ -223,7 +234,18 @@ class _Campaign:
             receipt = replace(receipt, status="failed", message=f"{receipt.message}{_AT_LAST[mishap]}")
         self.left -= 1
         self.note(receipt)
+        if receipt.status == "done":
+            self.packing.add(entry)
+            if entry.image_id in self.redone:  # it has been told before
+                return None
         return receipt
+
+    def redo(self, entries: Iterable[ManifestEntry]) -> None:
+        """Do images again that turned out damaged."""
+        for entry in entries:
+            self.redone.add(entry.image_id)
+            self.left += 1
+            self.attempts.again(entry)
 
     def note(self, receipt: Receipt) -> None:
         """An event a finished image."""

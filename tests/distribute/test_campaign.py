@@ -20,8 +20,10 @@ from batchproc.distribute.attempts import Mishap
 from batchproc.distribute.campaign import process_images
 from batchproc.distribute.executors import Outcome, SerialExecutor, WorkerDiedError
 from batchproc.distribute.order import Pace, longest_first
-from batchproc.distribute.tasks import Answer, overdue_note
+from batchproc.distribute.tasks import Answer, overdue_note, process_trial
 from batchproc.errors import ClusterError, StorageError
+from batchproc.io.packs import RollUp, roll_up
+from batchproc.io.progress import finished_images
 from batchproc.records import ManifestEntry, Receipt
 from tests import _runs
 
@@ -54,6 +56,7 @@ class Cluster:
         return False
 
     def submit(self, function, job, process, trial, resources=None, priority=0):
+        assert function is process_trial
         busy = {entry.image_id for _, other in self.waiting.values() for entry in other.entries}
         assert not busy & {entry.image_id for entry in trial.entries}, "an image is at two places"
         ticket = object()
@@ -116,6 +119,7 @@ def go(cluster, folder, monkeypatch, entries, **options):
     cluster.folder = folder
     (folder.log / "deaths.json").unlink(missing_ok=True)
     monkeypatch.setattr(campaign, "stored_receipt", cluster.stored_receipt)
+    monkeypatch.setattr("batchproc.distribute.packing.plan_roll_ups", lambda folder: [])
     monkeypatch.setattr(campaign, "time", SimpleNamespace(monotonic=lambda: cluster.now))
     return list(process_images(folder, entries, cluster, process=None, **options))
 
@@ -318,3 +322,44 @@ def test_short_images_go_together():
     quick = Pace()
     quick.add(1, 1e-6)
     assert quick.images(10**6, 2) == 200
+
+
+def test_finished_images_are_rolled_up_on_the_way(tmp_path, monkeypatch):
+    """Full packs while it works, the rest at the end; a damaged image is done again, and told once."""
+    monkeypatch.setattr("batchproc.distribute.packing.PACK_IMAGES", 10)
+    folder = _runs.begin(tmp_path / "run", *(f"n{i}" for i in range(45)))
+    damaged = iter([True])
+
+    def damaging(*arguments):
+        if next(damaged, False):
+            folder.catalogue_part("n5").write_bytes(b"ruin")
+        return roll_up(*arguments)
+
+    monkeypatch.setattr("batchproc.io.packs.roll_up", damaging)
+    told = []
+    words = list(process_images(folder, folder.entries(), SerialExecutor(), process=_runs.process, tell=told.append))
+    assert sorted(word.image_id for word in words) == sorted(f"n{i}" for i in range(45))
+    assert "damaged" in told[0]
+    assert finished_images(folder) == {f"n{i}": "done" for i in range(45)}
+    assert len(list(folder.done.iterdir())) <= 9  # four full packs, and a few that are too few for one
+
+
+def test_a_roll_up_whose_worker_dies_is_tried_again(begun, monkeypatch):
+    """Nothing is lost with it; after several deaths in a row it is an error."""
+
+    class Deadly(Cluster):
+        def submit(self, function, *arguments, resources=None, priority=0):
+            self.waiting[arguments] = arguments
+            return arguments
+
+        def wait(self, timeout=None):
+            ticket = next(iter(self.waiting))
+            del self.waiting[ticket]
+            self.most += 1
+            return [(ticket, Outcome(error=WorkerDiedError("died")))]
+
+    cluster = Deadly(lambda items: items[0])
+    monkeypatch.setattr("batchproc.distribute.packing.plan_roll_ups", lambda folder: [RollUp(("a",))])
+    with pytest.raises(WorkerDiedError):
+        list(process_images(begun, [], cluster, process=None))
+    assert cluster.most == 6
