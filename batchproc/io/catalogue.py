@@ -289,8 +289,10 @@ def _read_parts(folder: RunFolder, index: Index, wanted: Iterable[str], filters:
             f"{folder.path} --repair` finds all that is altered"
         )
     offsets = dict(zip(index.image_ids, index.offsets[:-1].tolist(), strict=True))
+    images = table["image_id"].combine_chunks().dictionary_encode()
+    first = np.array([offsets[image_id] for image_id in images.dictionary.to_pylist()], np.int64)
     catalogue: pd.DataFrame = table.to_pandas()
-    catalogue["stamp_index"] += np.array([offsets[i] for i in catalogue["image_id"]], np.int64)
+    catalogue["stamp_index"] += first[images.indices.to_numpy()]
     return catalogue.sort_values("stamp_index", ignore_index=True)
 
 

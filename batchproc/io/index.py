@@ -9,7 +9,9 @@ listed may be gone when it is opened: then it has moved, and is looked for again
 
 from __future__ import annotations
 
+import errno
 import os
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from batchproc.errors import DamagedRunError
+from batchproc.io.atomic import part_name
 from batchproc.io.markers import MARKER_SCHEMA, marker_row, read_marker
 from batchproc.io.run_folder import RunFolder
 
@@ -33,6 +36,7 @@ __all__ = [
     "Index",
     "Place",
     "find_places",
+    "is_gone",
     "iter_done",
     "iter_markers",
     "loose_names",
@@ -47,6 +51,7 @@ T = TypeVar("T")
 #: Names of packs begin with it; no image's name does (`part_name` writes "@" in another way).
 PACK = "packed@"
 _ATTEMPTS = 50  # of a reader whom roll-ups overtake
+_PATIENCE, _WAIT_S = 5, 0.2  # of a reader whose listing may be old: how often, and for how long
 _AT_ONCE = 1000  # markers of single images in memory at a time
 
 _PLACE = [
@@ -196,12 +201,13 @@ def read_moving(folder: RunFolder, places: Sequence[Place], read: Callable[[Sequ
     for _ in range(_ATTEMPTS):
         try:
             return read(places)
-        except FileNotFoundError as error:
-            found = find_places(folder, [place.image_id for place in places])
-            if found == list(places):
-                raise _missing(folder, error) from error
-            places = found
         except (ValueError, OSError) as error:
+            if is_gone(error):
+                found = find_places(folder, [place.image_id for place in places])
+                if found == list(places):
+                    raise _missing(folder, error) from error
+                places = found
+                continue
             if isinstance(error, OSError) and error.errno is not None:  # the disk, not what is on it
                 raise
             raise DamagedRunError(
@@ -243,17 +249,24 @@ def iter_markers(folder: RunFolder, columns: Sequence[str], packs: Collection[st
         The marker of a pack cannot be read. A single image's that cannot be read counts for nothing.
     """
     given: list[pa.ChunkedArray] = []
-    for _ in range(_ATTEMPTS):
+    for attempt in range(_ATTEMPTS):
         try:
-            for table in _newest_markers(folder, [*dict.fromkeys([*columns, "image_id", "pack"])], given):
+            wanted = [*dict.fromkeys([*columns, "image_id", "pack"])]
+            for table in _newest_markers(folder, wanted, given, patient=attempt < _PATIENCE):
                 given.append(table["image_id"])
                 if packs is not None:
                     table = table.filter(pa.array([name in packs for name in table["pack"].to_pylist()], pa.bool_()))
                 yield table.select(list(columns))
             return
-        except FileNotFoundError:  # a pack has gone into a newer one, which the next listing has
-            continue
+        except OSError as error:  # a pack has gone into a newer one, which the next listing has
+            if not is_gone(error):
+                raise
     raise DamagedRunError(f"{folder.path}: packs move faster than they can be read; try again")
+
+
+def is_gone(error: Exception) -> bool:
+    """Whether it is that a file is not there (any more), also as network file systems put it."""
+    return isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and error.errno == errno.ESTALE)
 
 
 def loose_names(folder: RunFolder) -> list[str]:
@@ -272,10 +285,18 @@ def pack_names(folder: RunFolder) -> list[str]:
         before = names
 
 
-def _newest_markers(folder: RunFolder, columns: Sequence[str], given: Sequence[pa.ChunkedArray]) -> Iterator[pa.Table]:
-    loose = _read_loose(folder, [*dict.fromkeys([*columns, "image_id", "time"])])  # before the packs are listed
+def _newest_markers(
+    folder: RunFolder, columns: Sequence[str], given: Sequence[pa.ChunkedArray], patient: bool
+) -> Iterator[pa.Table]:
+    # Files of their own before the packs are listed.
+    loose, gone = _read_loose(folder, [*dict.fromkeys([*columns, "image_id", "time"])])
     names = pack_names(folder)
     keys = [loose.select(["image_id", "time"]), *(_read_pack(folder, name, ["image_id", "time"]) for name in names)]
+    if gone and patient:
+        seen = {part_name(image_id) for table in keys for image_id in table["image_id"].to_pylist()}
+        if not gone <= seen:  # on network file systems a listing may be old: the pack that they went into is there
+            time.sleep(_WAIT_S)
+            raise FileNotFoundError(errno.ENOENT, "gone since it was listed", str(folder.done))
     keep = _newest(keys, given)
     yield loose.filter(pa.array(keep[0])).select(list(columns))
     for name, chosen in zip(names, keep[1:], strict=True):
@@ -299,13 +320,20 @@ def _newest(keys: Sequence[pa.Table], given: Sequence[pa.ChunkedArray]) -> list[
     return np.split(keep, np.cumsum([len(table) for table in keys])[:-1])
 
 
-def _read_loose(folder: RunFolder, columns: Sequence[str]) -> pa.Table:
+def _read_loose(folder: RunFolder, columns: Sequence[str]) -> tuple[pa.Table, set[str]]:
+    """Markers of images with files of their own, and the names of those that are gone since they were listed."""
     schema = pa.schema([_field(name) for name in columns])
+    gone: set[str] = set()
 
     def read(name: str) -> dict[str, Any] | None:
         try:
             return marker_row(read_marker(folder.done / f"{name}.json")[0]) | {"pack": "", "row": 0, "chunk": 0}
-        except (FileNotFoundError, ValueError):  # rolled up since it was listed; or it is no marker
+        except ValueError:  # it is no marker
+            return None
+        except OSError as error:
+            if not is_gone(error):
+                raise
+            gone.add(name)
             return None
 
     names = loose_names(folder)
@@ -314,7 +342,7 @@ def _read_loose(folder: RunFolder, columns: Sequence[str]) -> pa.Table:
         for some in (names[i : i + _AT_ONCE] for i in range(0, len(names), _AT_ONCE)):
             rows = [{column: row[column] for column in columns} for row in pool.map(read, some) if row is not None]
             tables.append(pa.Table.from_pylist(rows, schema))
-    return pa.concat_tables(tables)
+    return pa.concat_tables(tables), gone
 
 
 def _read_pack(folder: RunFolder, name: str, columns: Sequence[str]) -> pa.Table:
@@ -322,9 +350,9 @@ def _read_pack(folder: RunFolder, name: str, columns: Sequence[str]) -> pa.Table
     try:
         with pq.ParquetFile(path) as file:
             table = file.read([column for column in columns if column != "pack"])
-    except FileNotFoundError:
-        raise
     except (pa.ArrowException, OSError) as error:
+        if is_gone(error):
+            raise
         raise DamagedRunError(
             f"{path}: the marker of a pack cannot be read ({error}); `batchproc verify {folder.path} --repair` tells "
             "which images are to be done again"
@@ -352,8 +380,9 @@ def _listed(folder: Path) -> list[str]:
         return []
 
 
-def _missing(folder: RunFolder, error: FileNotFoundError) -> DamagedRunError:
+def _missing(folder: RunFolder, error: Exception) -> DamagedRunError:
+    path = getattr(error, "filename", None) or error
     return DamagedRunError(
-        f"{error.filename or error}: missing, though its marker says that it is there; `batchproc verify {folder.path} "
-        "--repair` finds all that is missing or altered, and `batchproc run` does it again"
+        f"{path}: missing, though its marker says that it is there; `batchproc verify {folder.path} --repair` finds "
+        "all that is missing or altered, and `batchproc run` does it again"
     )

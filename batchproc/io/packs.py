@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 
 from batchproc.io.atomic import TEMPORARY, our_disk, part_name, remove, replacing
 from batchproc.io.catalogue import PARQUET, SCHEMA, forget_scores, read_place
-from batchproc.io.index import PACK, PACK_SCHEMA, Place, iter_markers, loose_names, pack_names
+from batchproc.io.index import PACK, PACK_SCHEMA, Place, is_gone, iter_markers, loose_names, pack_names
 from batchproc.io.markers import chunks_digest, file_digest, marker_row, read_marker, row_marker, rows_digest
 from batchproc.io.progress import forget_failures
 from batchproc.io.run_folder import RunFolder
@@ -306,14 +306,15 @@ class _Copying:
         for source in sources:
             try:
                 rows, chunks = self._read(source)
-            except FileNotFoundError as error:
-                if source.place.pack or self._folder.marker(source.place.image_id).exists():
-                    self._bad[source.place.image_id] = f"{error.filename or error}: missing"
-                continue
             except (ValueError, OSError) as error:
+                image_id = source.place.image_id
+                if is_gone(error):
+                    if source.place.pack or self._folder.marker(image_id).exists():
+                        self._bad[image_id] = f"{getattr(error, 'filename', None) or error}: missing"
+                    continue  # else it has been rolled up by another task
                 if isinstance(error, OSError) and error.errno is not None:  # the disk, not what is on it
                     raise
-                self._bad[source.place.image_id] = str(error)
+                self._bad[image_id] = str(error)
                 continue
             self._rows.append({**source.row, "row": self._n_rows, "chunk": self.n_chunks})
             self._n_rows += len(rows)

@@ -363,6 +363,21 @@ def test_files_that_moved_since_the_index_was_read_are_found(run, template):
     ]
 
 
+def test_a_listing_that_is_old_is_not_believed(run, template, monkeypatch):
+    """Network file systems may list images that have gone, and not yet the pack they went into."""
+    listed = os.listdir
+    old = listed(run.done)
+    roll_up(run, 1, list(IMAGES))
+    answers = [old] * 3
+
+    def late(folder):
+        return answers.pop() if Path(folder) == run.done and answers else listed(folder)
+
+    monkeypatch.setattr(os, "listdir", late)
+    assert len(open_catalogue(run.path)) == len(template[1])
+    assert answers == []
+
+
 def test_the_newest_copy_of_an_image_counts(run):
     """A task that was thought to be lost may come back late: its image is there once, in its last state."""
     roll_up(run, 1, ["b", "c"])
