@@ -46,7 +46,8 @@ def test_times_count_from_the_first_event() -> None:
         "read: ReadError": 1,
     }
     np.testing.assert_array_equal(course.drivers, [[0, 109], [50_000, 50_300]])
-    np.testing.assert_array_equal(course.workers[:, 1], [0, 8, 0, 16, 0])
+    np.testing.assert_array_equal(course.workers[:, 1], [0, 8, 0, 0, 16, 0])
+    assert course.workers[2, 0] == 109
     assert course.at_work == 409
     assert course.trouble == {"image_retried": 1}
 

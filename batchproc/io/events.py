@@ -122,7 +122,8 @@ class EventLog(NullEvents):
                 self._fields |= {key: fields[key] for key in _FROM_BEGIN if key in fields}
             self._lines.append(line)
             self._bytes += len(line)
-            if time.monotonic() - self._flushed >= _FLUSH_S or self._bytes >= _FLUSH_BYTES:
+            due = time.monotonic() - self._flushed >= _FLUSH_S or self._bytes >= _FLUSH_BYTES
+            if due or event not in FINISHED:  # the others are rare, and the report of a run is written before it closes
                 self._flush()
 
     def beat(self, **fields: Any) -> None:

@@ -55,7 +55,6 @@ def draw_course(course: Course) -> str:
         axes = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
         for axis, title in zip(axes, panels, strict=True):
             axis.set(ylabel=title, xlim=(0, end / unit))
-            axis.set_ylim(bottom=0, auto=True)
             axis.yaxis.get_major_locator().set_params(integer=True)
             for before, after in zip(course.drivers[:-1, 1], course.drivers[1:, 0], strict=True):
                 axis.axvspan(before / unit, after / unit, color=MUTED, alpha=0.25, linewidth=0)
@@ -67,9 +66,11 @@ def draw_course(course: Course) -> str:
             if others:
                 times = np.sort(np.concatenate(others))
                 _grow(axes[1], times / unit, end / unit, color=MUTED, label=f"{len(others)} other causes")
-            axes[1].legend(loc="upper left", fontsize=8)
+            axes[1].legend(loc="best", fontsize=8)
         if len(course.workers):
             _steps(axes[-1], course.workers[:, 0] / unit, course.workers[:, 1], end / unit)
+        for axis in axes:
+            axis.set_ylim(bottom=0)
         axes[-1].set_xlabel(f"{name} since the run began")
 
     return to_svg("course", "Images finished over time", draw, width=7.2, height=1.9 + 0.9 * (len(panels) - 1))

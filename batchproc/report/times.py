@@ -68,6 +68,7 @@ def read_course(events: Iterable[Mapping[str, Any]]) -> Course | None:
         now -= first
         kind = event["event"]
         if kind == "run_begun" or not drivers:
+            workers += [(drivers[-1][1], 0.0)] if drivers else []  # a killed one could not say that they left
             drivers.append([now, now])
         drivers[-1][1] = max(drivers[-1][1], now)
         if kind == "image_done":
