@@ -64,6 +64,6 @@ def _size(spec: str) -> int:
     for path in (spec, spec.rpartition("[")[0]):
         try:
             return os.stat(path).st_size
-        except OSError:  # its own task will say what is wrong
+        except (OSError, ValueError):  # its own task will say what is wrong
             continue
     return 0

@@ -242,7 +242,10 @@ def _sizes(entries: Iterable[ManifestEntry]) -> dict[Path, int | None]:
     paths = list(dict.fromkeys(path for entry in entries for path in _files(entry)))
 
     def size(path: Path) -> int | None:
-        return path.stat().st_size if path.is_file() else None
+        try:
+            return path.stat().st_size if path.is_file() else None
+        except (OSError, ValueError):  # its own task will say what is wrong with it
+            return None
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(paths, pool.map(size, paths), strict=True))
