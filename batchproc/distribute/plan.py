@@ -22,6 +22,7 @@ from batchproc.distribute.clusters import Where, expected_workers
 from batchproc.distribute.prediction import Fit, Prediction, fit, predict_image, tile_bytes
 from batchproc.distribute.tiles import tiles_under_way
 from batchproc.io.fitsfile import split_hdu
+from batchproc.io.packs import PACK_IMAGES
 from batchproc.io.progress import finished_images, iter_receipts
 from batchproc.io.run_folder import RunFolder
 from batchproc.records import ManifestEntry, Receipt
@@ -37,7 +38,7 @@ _THREADS = 8  # each waits for a file server
 _GUESSED_CANDIDATES = 100  # an image, where none has been measured
 _COMPRESSION = 3.4  # of stamps rounded to 1/16 of the noise
 _ROW_BYTES = 300
-_PACK_IMAGES, _PACK_LEAST = 500, 20  # images that are rolled up into a pack, and the fewest
+_PACK_LEAST = 20  # images that are rolled up into a pack of their own at the end of a run
 _FILES = 5  # of a pack, and of an image that is in none: rows, marker, a folder of stamps with two files
 _SCORE_IMAGES = 50  # to a file of scores
 _RUN_FILES = 16  # of the run itself: manifest, settings, log, report, folders
@@ -284,7 +285,7 @@ def _files_out(images: int, *, scored: bool) -> int:
     """Files and folders that so many images leave behind."""
     if not images:
         return 0
-    packs, rest = divmod(images, _PACK_IMAGES)
+    packs, rest = divmod(images, PACK_IMAGES)
     kept = packs + (1 if rest >= _PACK_LEAST else rest)
     return _RUN_FILES + _FILES * kept + (1 + math.ceil(images / _SCORE_IMAGES) if scored else 0)
 
