@@ -16,7 +16,7 @@ from pathlib import Path
 from batchproc.distribute.clusters import Where, expected_workers, worker_memory
 from batchproc.errors import BatchprocError, UsageError
 from batchproc.io.fitsfile import open_fits
-from batchproc.io.images import ImageInfo, inspect_image
+from batchproc.io.inspection import ImageInfo, inspect_image
 from batchproc.records import ManifestEntry
 
 __all__ = ["Fit", "Prediction", "check_memory", "fit", "predict_image", "predict_memory", "tile_bytes"]

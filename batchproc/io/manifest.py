@@ -31,7 +31,7 @@ import pandas as pd
 from batchproc.errors import ManifestError, ReadError
 from batchproc.io.fitsfile import split_hdu
 from batchproc.io.footprints import build_manifest, covers
-from batchproc.io.images import ImageInfo, inspect_image, unknown_unit
+from batchproc.io.inspection import ImageInfo, inspect_image, unknown_unit
 from batchproc.io.profiles import list_profiles
 from batchproc.records import ManifestEntry
 
