@@ -27,6 +27,7 @@ from batchproc.distribute.signals import leaving_in_order
 from batchproc.distribute.tasks import Chunk
 from batchproc.distribute.tiles import tiles_under_way
 from batchproc.errors import ClusterError, ModelError, StorageError, UsageError
+from batchproc.io.atomic import our_disk
 from batchproc.io.events import EventLog, NullEvents
 from batchproc.io.freeze import check, complete_change, drop_strange, freeze
 from batchproc.io.manifest import read_manifest
@@ -442,7 +443,11 @@ class _Job:
         """The report; where that fails, the run's own result is told all the same."""
         self.events.beat(phase="report", in_flight=0)
         try:
-            return self.steps.report(self.folder.path)
+            with our_disk(self.folder.path):
+                return self.steps.report(self.folder.path)
+        except StorageError as error:
+            self.problems.append(f"no report: {error}")
+            return None
         except Exception:
             self.problems.append(traceback.format_exc())
             return None

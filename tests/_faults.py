@@ -9,8 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+
+from batchproc.io.catalogue import open_catalogue
+from batchproc.io.progress import finished_images, iter_receipts
+from batchproc.io.run_folder import RunFolder
+from batchproc.io.stamps import open_stamps
 
 
 class KilledError(BaseException):
@@ -84,12 +91,13 @@ class Disk:
         (self.path / "ballast").unlink(missing_ok=True)
 
     def read_only(self) -> None:
-        """As a file server that has lost its disk."""
-        _mount("-o", "remount,ro", str(self.path))
+        """As a file server does that is in trouble: whatever is opened from now on."""
+        _mount("--bind", str(self.path), str(self.path))
+        _mount("-o", "remount,bind,ro", str(self.path))
 
     def writable(self) -> None:
         """As it was."""
-        _mount("-o", "remount,rw", str(self.path))
+        subprocess.run(["umount", str(self.path)], check=True, capture_output=True)
 
 
 @contextmanager
@@ -103,8 +111,31 @@ def small_disk(path: Path, megabytes: int) -> Iterator[Disk]:
     try:
         yield Disk(path)
     finally:
-        subprocess.run(["umount", "--lazy", str(path)], check=True, capture_output=True)
+        while os.path.ismount(path):
+            subprocess.run(["umount", "--lazy", str(path)], check=True, capture_output=True)
 
 
 def _mount(*arguments: str) -> None:
     subprocess.run(["mount", *arguments], check=True, capture_output=True, text=True)
+
+
+def seen(path: Path) -> dict[str, Any]:
+    """What readers see of a run."""
+    folder = RunFolder.existing(path)
+    whole, bright = open_catalogue(path), open_catalogue(path, filters=[("scorr", ">", 1.0)])
+    return {
+        "catalogue": whole.to_dict("list"),
+        "filtered": bright.to_dict("list"),
+        "models": whole.attrs["models"],
+        "stamps": np.asarray(open_stamps(path)[:]).tobytes(),
+        "receipts": {
+            r.image_id: (r.status, r.n_candidates, r.quality, r.error, r.message) for r in iter_receipts(path)
+        },
+        "finished": finished_images(folder),
+        "frozen": (folder.entries(), folder.config()),
+    }
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Raise AssertionError where two of what `seen` returns differ; NaN is NaN."""
+    np.testing.assert_equal(one, other)

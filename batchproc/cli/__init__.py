@@ -24,7 +24,7 @@ from batchproc.cli.models import models
 from batchproc.cli.running import classify, demo, report, retry, run, status
 from batchproc.cli.submit import submit
 from batchproc.cli.verify import verify
-from batchproc.errors import BatchprocError
+from batchproc.errors import BatchprocError, ClusterError, DamagedRunError, StorageError
 
 __all__ = ["cli", "main"]
 
@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         error.show()
         code = 2
+    except (ClusterError, DamagedRunError, StorageError) as error:
+        complain(str(error))
+        code = 3
     except BatchprocError as error:
         complain(str(error))
         code = 2

@@ -85,9 +85,20 @@ def our_disk(path: Path) -> Iterator[None]:
         if error.errno not in _REFUSED:
             raise
         raise StorageError(
-            f"{error.filename or path}: {error.strerror}; nothing that was finished is lost: make room or mend the "
-            "disk, then give the same command again"
+            f"{error.filename or path}: {error.strerror}{_free(path)}; nothing that was finished is lost: make room or "
+            "mend the disk, then give the same command again"
         ) from error
+
+
+def _free(path: Path) -> str:
+    """How much room there is, where that can be told."""
+    try:
+        found = os.statvfs(path)
+    except OSError:
+        return ""
+    return (
+        f" ({found.f_bavail * found.f_frsize / 1e6:.3g} MB and {found.f_favail} files are free on the disk of {path})"
+    )
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -26,8 +26,8 @@ import pyarrow.parquet as pq
 
 import batchproc
 from batchproc.config import Config
-from batchproc.errors import RunMismatchError, UsageError
-from batchproc.io.atomic import remove, rename, replacing, write_text
+from batchproc.errors import ManifestError, RunMismatchError, UsageError
+from batchproc.io.atomic import our_disk, remove, rename, replacing, write_text
 from batchproc.io.index import iter_done
 from batchproc.io.manifest import entry_digest, manifest_digest, write_manifest
 from batchproc.io.markers import file_digest, software
@@ -136,22 +136,20 @@ def freeze(
         shows which, and what accepting it would do.
     UsageError
         The folder holds something else.
+    StorageError
+        The disk does not take it.
     """
-    if not folder.record.is_file():
-        _begin(folder, entries, config, wisdom, model, redo)
-        return Changes()
-    complete_change(folder)
-    found = check(folder, entries, config, model=model, extend=extend, redo=redo)
-    if found:
-        with replacing(folder.next) as temporary:
-            coming = RunFolder(temporary)
-            coming.path.mkdir()
-            _write_inputs(coming, entries, config)
-            _write_record(coming, folder.read_record() | _identity(entries, config, model), folder.wisdom_file)
+    with our_disk(folder.path):
+        if not folder.record.is_file():
+            _begin(folder, entries, config, wisdom, model, redo)
+            return Changes()
         complete_change(folder)
-    else:
-        _mend(folder, entries, config, wisdom)
-    return found
+        found = check(folder, entries, config, model=model, extend=extend, redo=redo)
+        if found:
+            _change(folder, entries, config, model)
+        else:
+            _mend(folder, entries, config, wisdom)
+        return found
 
 
 def check(
@@ -273,9 +271,21 @@ def _begin(
     _write_record(folder, {"id": uuid.uuid4().hex, "begun": _now()} | _identity(entries, config, model))
 
 
+def _change(folder: RunFolder, entries: Sequence[ManifestEntry], config: Config, model: Any) -> None:
+    with replacing(folder.next) as temporary:
+        coming = RunFolder(temporary)
+        coming.path.mkdir()
+        _write_inputs(coming, entries, config)
+        _write_record(coming, folder.read_record() | _identity(entries, config, model), folder.wisdom_file)
+    complete_change(folder)
+
+
 def _write_inputs(folder: RunFolder, entries: Sequence[ManifestEntry], config: Config) -> None:
     with replacing(folder.manifest) as temporary:
-        write_manifest(list(entries), temporary)
+        try:
+            write_manifest(list(entries), temporary)
+        except ManifestError as error:  # what the disk refuses is no matter of the manifest
+            raise error.__cause__ or error from None
         _add_digests(temporary, entries)
     write_text(folder.config_file, config.to_toml())
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from batchproc.errors import UsageError
+from batchproc.io.atomic import our_disk
 
 __all__ = ["one_driver"]
 
@@ -46,12 +47,16 @@ def one_driver(run: Path, heartbeat: Path) -> Iterator[None]:
     ------
     UsageError
         Another driver has it; the message tells who.
+    StorageError
+        The disk does not take even that.
     """
-    with (run / ".lock").open("a+") as file:
+    with our_disk(run):
+        file = (run / ".lock").open("ab+", buffering=0)  # nothing is left to be written when it is closed
+    with file:
         holds = _lock(file)
         if holds is False:
             file.seek(0)
-            raise _refusal(run, file.read().strip(), heartbeat)
+            raise _refusal(run, file.read().decode(errors="replace").strip(), heartbeat)
         heart = _read(heartbeat)
         if heart.get("alive") and _lives(heart, heartbeat, locks=bool(holds)):
             who = f"process {heart.get('pid')} on {heart.get('host')} since {heart.get('since')}"
@@ -59,12 +64,11 @@ def one_driver(run: Path, heartbeat: Path) -> Iterator[None]:
         with suppress(OSError):  # a full disk: what is told here is a courtesy
             file.truncate(0)
             since = datetime.now(UTC).isoformat(timespec="seconds")
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n")
-            file.flush()
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode())
         yield
 
 
-def _lock(file: IO[str]) -> bool | None:
+def _lock(file: IO[bytes]) -> bool | None:
     """Whether the lock is ours; None on a file system that has none."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

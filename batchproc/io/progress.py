@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchproc.io.atomic import replacing, write_text
+from batchproc.io.atomic import our_disk, replacing, write_text
 from batchproc.io.catalogue import PARQUET
 from batchproc.io.index import iter_markers
 from batchproc.io.markers import RECEIPT_SCHEMA, now, receipt_of, receipt_row
@@ -92,7 +92,17 @@ def gather(folder: RunFolder) -> None:
 
     Only a driver does this, and not while it has a `ReceiptLog` open. Memory grows with the failures, and with the ids
     of what is done.
+
+    Raises
+    ------
+    StorageError
+        The disk does not take them; the log is what it was.
     """
+    with our_disk(folder.path):
+        _gather(folder)
+
+
+def _gather(folder: RunFolder) -> None:
     failures = _failures(folder)
     write_text(failure_log(folder), "".join(map(_line, failures.values())))
     failed = [row | {"time": datetime.fromisoformat(row["time"])} for row in failures.values()]
