@@ -33,7 +33,7 @@ __all__ = ["Submission", "drive", "prepare", "submit"]
 
 IDLE_ROUNDS = 3  # jobs in a row that got nothing done
 _MARGIN_S = 120.0  # of the walltime, for the driver to end what it has begun
-_POLL_S = 0.5
+_POLL_S = 0.2
 #: Exit codes of a run after which there is no point in another job: all done; usage; a bug or a fault.
 _FINAL = (0, 2, 3)
 
@@ -180,7 +180,7 @@ def _work(submission: Submission) -> tuple[int, bool]:
             driver.terminate()
             told = True
             _say("ending the driver: " + (f"signal {asked[0]}" if asked else f"{left:.0f} s of the walltime are left"))
-        if left < margin / 4:
+        if left < margin / 2:
             driver.kill()  # so that there is time to hand in the next job
         time.sleep(_POLL_S)
     code = driver.returncode if driver.returncode >= 0 else 128 - driver.returncode  # as a shell says it

@@ -114,13 +114,12 @@ def worker_options(
     """
     resources = ",".join(f"{name}={amount:g}" for name, amount in site.resources.items())
     return {
-        **_common_options(site, site.queue, site.qos, site.directives, site.walltime, folder / "jobs"),
+        **_common_options(site, "batchproc", site.queue, site.qos, site.directives, site.walltime, folder),
         "cores": site.cores,
         "memory": site.memory_bytes,
         "processes": site.processes(threads),
         "interface": site.interface or None,
         "python": shlex.quote(site.python) if site.python else None,
-        "job_name": "batchproc",
         "security": security,
         "death_timeout": 60,  # seconds without a scheduler
         "local_directory": '"$BATCHPROC_SCRATCH"' if site.scratch else None,
@@ -152,11 +151,10 @@ def driver_script(site: Site, name: str, folder: Path, command: Iterable[str], w
     driver = site.driver
     queue, qos = driver.queue or site.queue, driver.qos or site.qos
     options = {
-        **_common_options(site, queue, qos, driver.directives, driver.walltime, folder / "jobs"),
+        **_common_options(site, name, queue, qos, driver.directives, driver.walltime, folder),
         "cores": driver.cores,
         "memory": driver.memory_bytes,
         "processes": 1,
-        "job_name": name,
     }
     job = SYSTEMS[site.system].cluster_class.job_cls("tcp://", name=name, **options)
     lines = [
@@ -189,22 +187,20 @@ def submit(site: Site, script: str) -> str:
 
 
 def _common_options(
-    site: Site, queue: str, qos: str, directives: Iterable[str], walltime: str, logs: Path
+    site: Site, name: str, queue: str, qos: str, directives: Iterable[str], walltime: str, folder: Path
 ) -> dict[str, Any]:
+    logs = folder / "jobs"
     if re.search(r"[^\w./+@=,:-]", str(logs)):  # directives know no quotation marks
         raise UsageError(f"{logs}: a run on a queue needs a path of letters, digits and ./+@=,:-_ only")
+    # Output and errors in one file a job: files are counted on shared file systems. (Told its log_directory,
+    # dask-jobqueue would make two, and the folder when it only writes a script.)
+    output = [f"-o {logs}/", "-j oe"] if site.system == "pbs" else [f"-o {logs}/{name}-%J.out"]
     return {
+        "job_name": name,
         "walltime": _in_minutes(walltime) if site.system == "lsf" else walltime,
         "queue": queue or None,
         "project" if site.system == "lsf" else "account": site.account or None,
-        "log_directory": str(logs),
-        # Output and errors into one file a job: files are counted on shared file systems.
-        "job_directives_skip": ["-e "],
-        "job_extra_directives": [
-            *([f"--qos={qos}"] if qos else []),
-            *(["-j oe"] if site.system == "pbs" else []),
-            *directives,
-        ],
+        "job_extra_directives": [*output, *([f"--qos={qos}"] if qos else []), *directives],
     }
 
 

@@ -69,6 +69,7 @@ def open_jobs(
     with ExitStack() as stack:
         stack.enter_context(dask.config.set({**settings, **_DASK}))
         stack.enter_context(warnings.catch_warnings())
+        (folder / "jobs").mkdir(parents=True, exist_ok=True)
         warnings.filterwarnings("ignore", message=".*is already in use", category=UserWarning)
         keys = site.certificates
         if site.tls and not keys:

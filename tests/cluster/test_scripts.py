@@ -67,6 +67,7 @@ def test_directives_of_the_workers(system):
     assert found >= HEADERS[system][0] | {"--one thing", "--another"}
     assert "--mine" not in found
     assert not any(line.startswith("-e ") for line in found)  # one file of output a job
+    assert any(line.startswith("-o /data/RUN/log/jobs/") for line in found)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
