@@ -198,7 +198,7 @@ def run(
         todo = [entry for entry in entries if entry.image_id not in tried]
         if tried:
             say(f"{len(tried)} of {len(entries)} images were tried before; {len(todo)} are missing", quiet=quiet)
-        summary = job.carry_out("run", todo if pilot is None else evenly(todo, pilot), len(entries))
+        summary = job.carry_out("run", todo if pilot is None else evenly(todo, pilot), len(entries) - len(todo))
         return replace(summary, pilot=pilot is not None)
 
 
@@ -223,7 +223,7 @@ def retry(
         entries = folder.entries()
         todo = [entry for entry in entries if entry.image_id in failed]
         say(f"{len(todo)} images failed before and are tried again", quiet=quiet)
-        return job.carry_out("retry", todo, len(entries))
+        return job.carry_out("retry", todo)
 
 
 def classify(
@@ -315,7 +315,7 @@ class _Job:
             say(f"{n} images were done with other settings: they count as missing", quiet=self.quiet)
         gather(self.folder)
 
-    def carry_out(self, command: str, todo: Sequence[ManifestEntry], images: int) -> RunSummary:
+    def carry_out(self, command: str, todo: Sequence[ManifestEntry], before: int = 0) -> RunSummary:
         """Process images, score what is not scored, gather the log, report.
 
         Parameters
@@ -323,21 +323,21 @@ class _Job:
         command : str
             The user's word for it.
         todo : sequence of ManifestEntry
-        images : int
-            Of the whole run.
+        before : int
+            Images that ended earlier, to be counted with them.
         """
         start = time.monotonic()
         scored, path, fault = 0, None, False
         chunks = self.unscored()
         place = self.place(todo, chunks)
         with EventLog(self.folder) as self.events, leaving_in_order():
-            self.events.write("run_begun", images=images, to_do=len(todo), command=command, cluster=self.where.cluster)
+            self.events.write("run_begun", before=before, to_do=len(todo), command=command, cluster=self.where.cluster)
             self.events.beat(to_do=len(todo), done=0, failed=0)
             reason = "interrupted"
             try:
                 if todo or chunks or plan_roll_ups(self.folder):
                     with place as executor:
-                        scored = self.compute(todo, images, executor)
+                        scored = self.compute(todo, before, executor)
                 reason = "stopped" if self.stopped else "finished"
             except (StorageError, ClusterError) as error:
                 self.problems.append(f"stopped: {error}")
@@ -387,13 +387,13 @@ class _Job:
         """What the workers share out: images or tiles."""
         return choose_spread(self.settings.spread, len(todo), workers, self.pixels)
 
-    def compute(self, todo: Sequence[ManifestEntry], images: int, executor: Executor) -> int:
+    def compute(self, todo: Sequence[ManifestEntry], before: int, executor: Executor) -> int:
         """Process and score; returns the number of candidates scored."""
         how = watching(self.where, executor)
         if how:
             say(how, quiet=self.quiet)
             self.events.beat(dashboard=how.removeprefix("watch it at "))
-        self.process(todo, images, executor)
+        self.process(todo, before, executor)
         if self.stopped:
             return 0
         try:
@@ -404,7 +404,7 @@ class _Job:
             self.problems.append(_tell_scoring(error))
             return 0
 
-    def process(self, todo: Sequence[ManifestEntry], images: int, executor: Executor) -> None:
+    def process(self, todo: Sequence[ManifestEntry], before: int, executor: Executor) -> None:
         """Process images, and count how they ended."""
         spread = self.spread(todo, executor.workers)
         if spread == "tiles":
@@ -426,8 +426,8 @@ class _Job:
             n = self.ended["failed"] + self.ended["bug"]
             return f"{n} failed" if n else ""
 
-        before = images - len(todo)
-        for receipt in show(receipts, images, "images", note=failed, before=before, quiet=self.quiet):
+        total = before + len(todo)
+        for receipt in show(receipts, total, "images", note=failed, before=before, quiet=self.quiet):
             self.ended[receipt.status] += 1
             n_failed = self.ended["failed"] + self.ended["bug"]
             self.events.beat(done=self.ended["done"], failed=n_failed)

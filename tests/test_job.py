@@ -280,3 +280,16 @@ def test_progress_is_told_to_who_waits(tmp_path, capsys):
     assert told.out == ""
     assert "3/3 images" in told.err
     assert "(1 failed)" in told.err
+
+
+def test_progress_counts_what_was_done_before(tmp_path, capsys):
+    """A pilot is as long as itself; the run that goes on begins where it ended; a retry is of what failed."""
+    images = _runs.entries("n1", "bad", "n2", "n3", "n4")
+    told = []
+    for options in ({"pilot": 1}, {}):
+        run(images, tmp_path / "run", config=_runs.CONFIG, **SERIAL | options | {"quiet": False})
+        told.append(capsys.readouterr().err)
+    retry(tmp_path / "run", **SERIAL | {"quiet": False})
+    assert "1/1 images" in told[0]
+    assert "5/5 images" in told[1]
+    assert "1/1 images" in capsys.readouterr().err
