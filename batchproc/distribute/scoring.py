@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["classify_chunks", "needed_resources", "plan_chunks"]
 
 _CANDIDATES = 4096  # a chunk: some seconds of a small network
-_IMAGES, _MANY = 50, 2000  # images that a chunk has at least, in runs of so many: each chunk leaves a file
+_IMAGES, _MANY = 100, 2000  # images that a chunk has at least, in runs of so many: each chunk leaves a file
 
 _TRIALS = 6  # of a chunk
 
