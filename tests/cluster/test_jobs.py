@@ -13,7 +13,8 @@ pytest.importorskip("dask_jobqueue", reason="needs the extra 'hpc'")
 
 from batchproc.distribute import jobs
 from batchproc.distribute.clusters import Where, open_executor, watching
-from batchproc.errors import ClusterError
+from batchproc.distribute.tls import security_of, temporary_certificates
+from batchproc.errors import ClusterError, UsageError
 from tests.cluster import _queue
 
 SITE = """
@@ -84,3 +85,60 @@ def test_a_refused_first_job_is_told_at_once(queue):
     ):
         pass
     assert list((queue.parent / "log").glob("tls-*")) == []
+
+
+@pytest.mark.parametrize("queue", ["pbs"], indirect=True)
+def test_jobs_come_and_go_with_the_work(queue):
+    """Between the least and the most: as many as may be while there is work for them, and none for none."""
+    where = Where(str(queue.parent / "site.toml"), min_jobs=0, max_jobs=2)
+
+    def working() -> int:
+        return sum(_queue.alive(queue, path.name) for path in (queue / "jobs").iterdir())
+
+    with open_executor(where, folder=queue.parent / "log") as executor:
+        most, left = 0, 8
+        for _ in range(left):
+            executor.submit(time.sleep, 1.0)
+        while left:
+            left -= len(executor.wait(0.2))
+            most = max(most, working())
+        assert most == 2
+        end = time.monotonic() + 60
+        while working():
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        assert ask(executor, os.getpgid, 0)
+        assert working() == 1
+
+
+def test_a_scheduler_of_somebody_else_lets_in_who_has_the_key(tmp_path):
+    """By a profile that names the certificates; without them it says what is missing."""
+    from distributed import LocalCluster
+
+    with (
+        temporary_certificates(tmp_path) as keys,
+        LocalCluster(
+            n_workers=1,
+            threads_per_worker=1,
+            processes=False,
+            protocol="tls",
+            host="127.0.0.1",
+            security=security_of(keys),
+            dashboard_address=None,
+        ) as cluster,
+    ):
+        assert cluster.scheduler_address.startswith("tls://")
+        text = f'system = "address"\naddress = "{cluster.scheduler_address}"\n'
+        for name, more in (("with", True), ("without", False)):
+            lines = f'[certificates]\nca = "{keys.ca}"\ncert = "{keys.cert}"\nkey = "{keys.key}"\n' if more else ""
+            (tmp_path / f"{name}.toml").write_text(text + lines)
+        with open_executor(Where(str(tmp_path / "with.toml"))) as executor:
+            assert ask(executor, sum, (1, 2)) == 3
+        for word in (str(tmp_path / "without.toml"), cluster.scheduler_address):
+            with pytest.raises(UsageError, match="tls:// needs certificates"), open_executor(Where(word)):
+                pass
+        with (
+            pytest.raises(UsageError, match="no Dask scheduler answers"),
+            open_executor(Where(cluster.scheduler_address.replace("tls", "tcp"))),
+        ):
+            pass
