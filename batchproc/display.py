@@ -43,6 +43,7 @@ class Pace:
         self._start = time.monotonic() if start is None else start
         self._recent: deque[list[float]] = deque()  # time of the first of a second, units; a few hundred at most
         self._units = 0.0
+        self._warm = False
 
     def add(self, units: float, now: float | None = None) -> None:
         """Note that so many units have been finished."""
@@ -52,9 +53,11 @@ class Pace:
         else:
             self._recent.append([now, units])
         self._units += units
-        while len(self._recent) > self._FEWEST and self._recent[0][0] < now - self._window:
+        # The first to finish had to wait for processes to begin and code to be compiled: soon they are not asked.
+        while len(self._recent) > self._FEWEST and (self._recent[0][0] < now - self._window or not self._warm):
             self._start, gone = self._recent.popleft()
             self._units -= gone
+            self._warm = True
 
     def rate(self, now: float | None = None) -> float:
         """Units a second; 0 where nothing has been finished."""

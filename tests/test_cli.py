@@ -8,14 +8,18 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import click
+import numpy as np
 import pytest
+from astropy.io import fits
 
 from batchproc import cli, job
 from batchproc.errors import ReadError
 from batchproc.io.manifest import write_manifest
 from batchproc.io.run_folder import RunFolder
+from batchproc.io.status import read_status
 from tests import _runs
 
 STUBS = job.Steps(process=_runs.process, model=_runs.load_model, wisdom=_runs.no_wisdom, report=_runs.report)
@@ -212,6 +216,34 @@ def test_status_for_people_and_programs(call, night, tmp_path):
     assert (status["total"], status["done"], status["failed"], status["missing"]) == (2, 1, 1, 0)
     assert status["errors"] == {"align: AlignError": 1}
     assert "1 of 2 images done, 1 failed" in call("status", tmp_path / "run")[1]
+
+
+def test_status_watches_until_nobody_is_at_work(call, night, tmp_path, monkeypatch):
+    """Look after look while a driver works; then the last one, and an end."""
+    call("run", *night("n1"), "-q")
+    found = read_status(RunFolder(tmp_path / "run"))
+    working = replace(found, driver=replace(found.driver, running=True))
+    looks = iter([working, working, found])
+    monkeypatch.setattr("batchproc.io.status.read_status", lambda folder: next(looks))
+    monkeypatch.setattr("batchproc.cli.running.WATCH_S", 0.01)
+    code, out, _ = call("status", tmp_path / "run", "--watch", "--json")
+    assert code == 0
+    assert [json.loads(line)["driver"]["running"] for line in out.splitlines()] == [True, True, False]
+
+
+def test_what_cannot_fit_is_refused_before_anything_starts(call, night, tmp_path, monkeypatch):
+    """The plan is shown and the way out named; a run that is begun all the same is refused too."""
+    fits.PrimaryHDU(np.zeros((300, 300), np.float32)).writeto(tmp_path / "im.fits")
+    table = tmp_path / "large.csv"
+    table.write_text("image_id,new,ref\na,im.fits,im.fits\nb,im.fits,im.fits\n")
+    monkeypatch.setattr("distributed.system.MEMORY_LIMIT", 9 * 10**8)
+    words = ("run", table, *night("n1")[1:5], "--cluster", "local", "--workers", 2)
+    code, out, err = call(*words, "--dry-run")
+    assert code == 2
+    assert "2 images: 0 done, 0 failed before, 2 to do" in out
+    assert "image a (300 x 300 pixels, 1 reference) needs about 0.47 GB, and a worker may have 0.38 GB" in err
+    assert "`--workers 1` leaves enough" in err
+    assert call(*words, "-q")[::2] == (2, err)
 
 
 def test_retry_and_classify(call, night, tmp_path):

@@ -62,6 +62,14 @@ def test_a_few_long_images_have_a_pace_too() -> None:
     assert recent.rate(40 * 900.0) < 0.6 / 900
 
 
+def test_the_warming_up_is_soon_forgotten() -> None:
+    """Compiling for a minute before the first image says nothing of the ten thousand that follow."""
+    recent = Pace(start=0.0)
+    for i in range(30):
+        recent.add(1, 60.0 + i)
+    assert recent.rate(89.0) == pytest.approx(1)
+
+
 def test_the_pace_of_a_burst_is_finite() -> None:
     """Nothing finished is a rate of 0; all in one moment is a number."""
     recent = Pace(start=0.0)

@@ -204,8 +204,8 @@ def _rate(folder: RunFolder, heart: Mapping[str, Any]) -> float:
         return 0.0
     now = max(times[-1], _seconds(heart["time"])) if heart else times[-1]
     recent = sum(when > now - _RECENT_S for when in times[1:])
-    if recent >= _FEWEST:  # from the one before them, or over the whole of the ten minutes
-        return recent / max(min(now - times[-1 - recent], _RECENT_S), 1e-3)
+    if recent > _FEWEST:  # from the first of them on: it may have waited for processes to begin
+        return (recent - 1) / max(now - times[-recent], 1e-3)
     n = min(_FEWEST, len(times) - 1)
     return n / max(now - times[-1 - n], 1e-3)
 
