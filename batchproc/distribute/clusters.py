@@ -85,13 +85,8 @@ class Where:
         """What a caller said: a word and perhaps a number, or everything."""
         return cluster if isinstance(cluster, Where) else cls(cluster, workers)
 
-    @property
-    def is_address(self) -> bool:
-        """A scheduler that runs already, by its bare address."""
-        return "://" in self.cluster
-
     def site(self) -> Site | None:
-        """The profile, with the numbers of jobs that are in force; None for a local or a serial run.
+        """The profile; None for a local or a serial run.
 
         Raises
         ------
@@ -100,7 +95,7 @@ class Where:
         """
         if self.cluster in ("serial", "local"):
             return None
-        if self.is_address:
+        if "://" in self.cluster:
             return Site(system="address", address=self.cluster)
         return load_site(self.cluster)
 

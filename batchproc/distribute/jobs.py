@@ -120,7 +120,16 @@ class _Jobs:
             self.worker_spec.update(self.new_worker_spec())
         await self._correct_state()
 
+    async def cancel_all(self: Any) -> None:
+        """With one command: Dask would give one for each of a thousand jobs, all at the same time."""
+        jobs = [job for job in self.workers.values() if job.job_id]
+        if jobs:
+            await _ask(shlex.join([*shlex.split(self.job_cls.cancel_command), *(str(job.job_id) for job in jobs)]))
+        for job in jobs:
+            job.job_id = None
+
     async def _close(self: Any) -> None:
+        await self.cancel_all()
         self._created.clear()  # else a job whose submission was refused fails an assertion of Dask's
         await super()._close()  # type: ignore[misc]
 
