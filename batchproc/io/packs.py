@@ -309,7 +309,8 @@ class _Copying:
             except (ValueError, OSError) as error:
                 image_id = source.place.image_id
                 if is_gone(error):
-                    if source.place.pack or self._folder.marker(image_id).exists():
+                    pack = source.place.pack
+                    if (self._folder.pack_marker(pack) if pack else self._folder.marker(image_id)).exists():
                         self._bad[image_id] = f"{getattr(error, 'filename', None) or error}: missing"
                     continue  # else it has been rolled up by another task
                 if isinstance(error, OSError) and error.errno is not None:  # the disk, not what is on it
