@@ -19,7 +19,7 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
@@ -55,6 +55,7 @@ PATH_LISTS = ("ref_mask", "ref_psf", "ref_variance")
 NUMBERS = {"gain": "positive", "read_noise": "not negative", "saturation": "positive", "mjd": "15000 to 120000"}
 _MAX_ID = 200
 _BATCH_ROWS = 10_000
+_SHARED = 30_000  # paths that are remembered: a night's references
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,12 @@ def write_manifest(table: pd.DataFrame | Sequence[ManifestEntry], path: str | Pa
     path : str or Path
     """
     path = Path(path)
-    frame = table if isinstance(table, pd.DataFrame) else _to_frame(table)
     suffix = path.suffix.lower()
     try:
+        if suffix in (".parquet", ".pq") and not isinstance(table, pd.DataFrame):
+            _write_parquet(table, path)
+            return
+        frame = table if isinstance(table, pd.DataFrame) else _to_frame(table)
         if suffix == ".csv":
             frame.to_csv(path, index=False)
         elif suffix in (".parquet", ".pq"):
@@ -192,6 +196,8 @@ Row = tuple[int, ManifestEntry]
 def _parse(path: Path) -> tuple[list[Row], list[Problem]]:
     """Good rows, and what is wrong with the others; raises ManifestError where there is no table at all."""
     folder = os.path.dirname(os.path.abspath(path))
+    # The images of a field share their references: one tuple for all of them, so that a million entries stay small.
+    shared = lru_cache(_SHARED)(_paths)
     problems: list[Problem] = []
     ids: Counter[str] = Counter()
     rows: list[Row] = []
@@ -201,7 +207,7 @@ def _parse(path: Path) -> tuple[list[Row], list[Problem]]:
             problems += _check_columns(path, table)
         for values, number in zip(zip(*table.values(), strict=True), numbers, strict=False):
             wrong: list[str] = []
-            entry = _entry(dict(zip(table, values, strict=True)), folder, wrong)
+            entry = _entry(dict(zip(table, values, strict=True)), folder, shared, wrong)
             ids[entry.image_id] += 1
             problems += [Problem("error", message, number, entry.image_id) for message in wrong]
             if not wrong:
@@ -216,7 +222,9 @@ def _parse(path: Path) -> tuple[list[Row], list[Problem]]:
     return rows, sorted(problems, key=lambda problem: problem.row or 0)
 
 
-def _entry(row: Mapping[str, Any], folder: str, wrong: list[str]) -> ManifestEntry:
+def _entry(
+    row: Mapping[str, Any], folder: str, shared: Callable[..., tuple[str, ...]], wrong: list[str]
+) -> ManifestEntry:
     image_id = _text(row["image_id"])
     if not image_id:
         wrong.append("image_id is empty")
@@ -226,14 +234,14 @@ def _entry(row: Mapping[str, Any], folder: str, wrong: list[str]) -> ManifestEnt
     for name, found in paths.items():
         if len(found) > 1:
             wrong.append(f"{name} has {len(found)} paths; expected one")
-    refs = _shared_paths(row["ref"], folder)
+    refs = shared(row["ref"], folder)
     if "" in refs:
         refs = tuple(path for path in refs if path)
     if not paths["new"]:
         wrong.append("new is empty")
     if not refs:
         wrong.append("ref is empty")
-    planes = {name: _shared_paths(row.get(name), folder) for name in PATH_LISTS}
+    planes = {name: shared(row.get(name), folder) for name in PATH_LISTS}
     for name, found in planes.items():
         if found and len(found) != len(refs):
             wrong.append(f"{name} has {len(found)} paths for {len(refs)} references; expected one for each")
@@ -255,10 +263,6 @@ def _paths(value: Any, folder: str) -> tuple[str, ...]:
     text = _text(value)
     parts = (part.strip() for part in text.split(";")) if text else ()
     return tuple(_absolute(part, folder) if part else "" for part in parts)
-
-
-#: The images of a field share their references: one tuple for all of them, so that a million entries stay small.
-_shared_paths = lru_cache(100_000)(_paths)
 
 
 def _absolute(path: str, folder: str) -> str:
@@ -379,13 +383,34 @@ def _unknown_suffix(path: Path) -> ManifestError:
 
 
 def _to_frame(entries: Sequence[ManifestEntry]) -> pd.DataFrame:
-    columns: dict[str, list[Any]] = {name: [getattr(entry, name) for entry in entries] for name in COLUMNS}
-    for name in ("ref", *PATH_LISTS):
-        columns[name] = [";".join(value) if value else None for value in columns[name]]
-    held = {name: values for name, values in columns.items() if name in REQUIRED or any(v is not None for v in values)}
     return pd.DataFrame(
-        {name: pd.Series(values, dtype="float64" if name in NUMBERS else object) for name, values in held.items()}
+        {
+            name: pd.Series(_cells(entries, name), dtype="float64" if name in NUMBERS else object)
+            for name in _held(entries)
+        }
     )
+
+
+def _write_parquet(entries: Sequence[ManifestEntry], path: Path) -> None:
+    """A piece at a time: a long manifest is in memory once already."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([(name, pa.float64() if name in NUMBERS else pa.string()) for name in _held(entries)])
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, len(entries), _BATCH_ROWS):
+            piece = entries[start : start + _BATCH_ROWS]
+            writer.write_table(pa.table({name: _cells(piece, name) for name in schema.names}, schema))
+
+
+def _held(entries: Sequence[ManifestEntry]) -> list[str]:
+    """Columns that hold anything."""
+    return [n for n in COLUMNS if n in REQUIRED or any(getattr(entry, n) not in (None, ()) for entry in entries)]
+
+
+def _cells(entries: Sequence[ManifestEntry], name: str) -> list[Any]:
+    values = [getattr(entry, name) for entry in entries]
+    return [";".join(value) or None for value in values] if name in ("ref", *PATH_LISTS) else values
 
 
 # ---- the files behind it
