@@ -17,7 +17,6 @@ from batchproc.finish.hats import make_hats, survey_hats
 from batchproc.finish.sky import require_healpix
 from batchproc.finish.stamps import make_stamps, survey_stamps
 from batchproc.finish.work import Contents, Product, Workshop
-from batchproc.io.atomic import remove
 from batchproc.io.run_folder import RunFolder
 
 __all__ = ["PRODUCTS", "finish", "plan"]
@@ -66,9 +65,7 @@ def finish(
             start = time.monotonic()
             product = _MAKERS[name](shop)
             products.append(replace(product, seconds=time.monotonic() - start))
-        work = folder.path / "finishing"
-        if work.is_dir() and not any(work.iterdir()):
-            remove(work)
+            shop.clear(name)
     return products
 
 

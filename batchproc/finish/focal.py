@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchproc.finish.work import Contents, Group, Job, Product, Workshop, digest, groups_of, missing
-from batchproc.io.atomic import remove, replacing
+from batchproc.io.atomic import replacing
 from batchproc.io.catalogue import read_rows
 from batchproc.io.progress import iter_receipts
 from batchproc.records import Column, Receipt
@@ -86,7 +85,6 @@ def make_focal_planes(shop: Workshop) -> Product:
     groups = groups_of(shop.contents.index)
     shop.step(count, job, missing(job, groups, lambda group: group.counts), "groups counted")
     shop.step(write_table, job, [groups], "tables")
-    remove(Path(job.work))
     return replace(survey_focal_planes(shop.contents), state="made")
 
 

@@ -28,7 +28,7 @@ from batchproc.finish import hats_format
 from batchproc.finish.rows import freeze_scores, frozen_scores, read_scored_rows, scored_schema, survey_scores
 from batchproc.finish.sky import HISTOGRAM_ORDER, INDEX_ORDER, Cell, cell_of, partition, spatial_index
 from batchproc.finish.work import Contents, Group, Job, Product, Workshop, counted, digest, groups_of, missing
-from batchproc.io.atomic import remove, rename, replacing, write_text
+from batchproc.io.atomic import rename, replacing, write_text
 from batchproc.io.catalogue import read_rows
 
 __all__ = ["ROWS", "make_hats", "survey_hats"]
@@ -66,7 +66,6 @@ def make_hats(shop: Workshop) -> Product:
         found = replace(_survey(contents, inputs), state="made")
     else:
         found = Product("hats", found.path, "empty", note=_without_position(nowhere))
-    remove(Path(job.work))
     return found
 
 

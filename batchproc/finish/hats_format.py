@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 import batchproc
 from batchproc.finish.sky import INDEX_ORDER, Cell
-from batchproc.io.atomic import replacing, write_text
+from batchproc.io.atomic import remove_leftovers, replacing, write_text
 
 __all__ = [
     "INDEX_COLUMN",
@@ -91,6 +91,8 @@ def write_metadata(
         A partition does not have the rows that it should.
     """
     footers, sizes = [], []
+    for folder in {partition_path(catalogue, cell).parent for cell in cells}:
+        remove_leftovers(folder)  # of tasks that were killed
     for cell, rows in cells.items():
         path = partition_path(catalogue, cell)
         footer = pq.read_metadata(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from hashlib import sha256
@@ -26,7 +27,7 @@ from batchproc.distribute.executors import Executor, WorkerDiedError, sliding
 from batchproc.distribute.memory import keep_freed_memory
 from batchproc.distribute.threads import limit_threads
 from batchproc.distribute.transient import is_transient
-from batchproc.io.atomic import our_disk, remove, replacing
+from batchproc.io.atomic import our_disk, remove, remove_leftovers, replacing
 from batchproc.io.index import Index, Place, iter_markers, read_index, results_digest
 from batchproc.io.run_folder import RunFolder
 
@@ -221,13 +222,21 @@ class Workshop:
         """The job of a product's tasks, with a folder for what is not finished; other unfinished work on it goes."""
         folder = self.contents.folder
         work = folder.path / "finishing" / f"{product}-{inputs}"
-        for other in work.parent.glob(f"{product}-*"):
-            if other != work:
-                remove(other)
+        self.clear(product, but=work)
         work.mkdir(parents=True, exist_ok=True)
         job = Job(str(folder.path.resolve()), str(work.resolve()), inputs, self.threads, self.executor.here)
         self._write_images(job.path("images.parquet"))
         return job
+
+    def clear(self, product: str, but: Path | None = None) -> None:
+        """Remove what is left of the work on a product."""
+        everything = self.contents.folder.path / "finishing"
+        for path in everything.glob(f"{product}-*"):
+            if path != but:
+                remove(path)
+        remove_leftovers(everything)
+        with suppress(OSError):  # not there, or another product's work is in it
+            everything.rmdir()
 
     def step(self, function: Callable[[Job, Any], Any], job: Job, items: Sequence[Any], what: str) -> None:
         """Do the tasks of a step, and show how far they are.

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
-from batchproc.io.atomic import replacing, write_bytes
+from batchproc.io.atomic import remove_leftovers, replacing, write_bytes
 from batchproc.io.shards import Shard, write_chunks
 from batchproc.io.stamps import CHUNK_ROWS
 
@@ -120,6 +120,7 @@ class Dense:
                 path.unlink()
             self.store.mkdir(exist_ok=True)
             write_bytes(note, self.inputs.encode())
+        remove_leftovers(self.store)
 
     def publish(self) -> None:
         """Write ``zarr.json``: all shards are there."""
