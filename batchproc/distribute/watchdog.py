@@ -22,8 +22,8 @@ from batchproc.errors import TimeLimitError
 
 __all__ = ["read_note", "time_limit", "time_limit_here"]
 
-#: How much longer a process may live that cannot even write a note.
-_GRACE_S = 20.0
+#: How much longer a process may live that cannot even write a note: a part of its limit, and so long at most.
+_GRACE, _GRACE_S = 0.1, 20.0
 _EXIT_CODE = 70
 
 
@@ -47,7 +47,7 @@ def time_limit(seconds: float, note: Path, words: str) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     if sys.__stderr__ is not None:
-        faulthandler.dump_traceback_later(seconds + _GRACE_S, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(seconds + min(_GRACE * seconds, _GRACE_S), exit=True, file=sys.__stderr__)
     try:
         yield
     finally:
