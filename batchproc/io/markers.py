@@ -272,7 +272,7 @@ def input_digest(entry: ManifestEntry) -> str:
         try:
             found = os.stat(path)
             said.append([str(path), found.st_size, found.st_mtime_ns])
-        except OSError:
+        except (OSError, ValueError):
             said.append([str(path), None, None])
     return _short(json.dumps(said).encode())
 
