@@ -18,6 +18,7 @@ import click
 
 from batchproc import cli, config, records
 from batchproc.distribute import sites
+from batchproc.finish.focal import FOCAL_PLANES
 
 HERE = Path(__file__).parent
 MADE = "<!-- Made by docs/generate.py from {source}; change it there, then run `make docs`. -->"
@@ -38,6 +39,11 @@ def catalogue() -> str:
         "## Masks",
         "Bits of the image masks from which the flags follow; 0 is a good pixel.",
         bits(records.MaskBit),
+        "## `focal_planes.parquet`",
+        "One row an image of the manifest, made by `batchproc finish` (see [finish](finish.md)).",
+        table(
+            ("column", "dtype", "unit", "meaning"), [(f"`{c.name}`", c.dtype, c.unit, c.meaning) for c in FOCAL_PLANES]
+        ),
     )
 
 
