@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -38,6 +38,7 @@ from batchproc.io.markers import (
     file_digest,
     input_digest,
     input_files,
+    marker_row,
     read_marker,
     row_marker,
     rows_digest,
@@ -56,6 +57,8 @@ Result = TypeVar("Result")
 
 _THREADS = 8  # most of the time a file server is waited for
 _AHEAD = 4  # files handed out to each thread
+_AT_ONCE = 500  # images whose inputs are looked at together
+_QUICK = ("image_id", "n_candidates", "row", "chunk", "entry_digest", "config_digest", "version")
 _OLD_S = 60.0  # a heartbeat of this age is of a driver that has gone
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, pa.ArrowException)
 
@@ -212,18 +215,15 @@ class _Run:
         except (*_UNREADABLE, BatchprocError):  # told of by _check_frozen; results are then held against themselves
             return cls(folder, quick, "", "", None)
 
-    def strange(self, markers: Sequence[Marker]) -> list[str]:
-        """Those of the images that were done with other settings, or from another row of the manifest."""
-        if self.rows is None or not markers:
+    def strange(self, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Images, of these rows of markers, that were done with other settings or from another row of the manifest."""
+        if self.rows is None or not rows:
             return []
-        wanted = self.rows.reindex(_hashes([marker.image_id for marker in markers]), fill_value=np.uint64(0)).to_numpy()
-        found = np.array([_number(marker.entry_digest) for marker in markers], np.uint64)
+        wanted = self.rows.reindex(_hashes([row["image_id"] for row in rows]), fill_value=np.uint64(0)).to_numpy()
+        found = np.array([_number(row["entry_digest"]) for row in rows], np.uint64)
         mine = (self.image_digest, self.version)
-        return [
-            marker.image_id
-            for marker, same in zip(markers, wanted == found, strict=True)
-            if not same or (marker.config_digest, marker.versions.get("batchproc", "")) != mine
-        ]
+        same = [(row["config_digest"], row["version"]) == mine for row in rows]
+        return [row["image_id"] for row, holds in zip(rows, same & (wanted == found), strict=True) if not holds]
 
 
 # ---- what is frozen
@@ -262,7 +262,7 @@ def _check_loose(run: _Run, name: str) -> Checked:
         problems.append(
             Problem("altered", str(path), "the marker is not what was written", tuple(_named(run.folder, name)))
         )
-    elif run.strange([marker]):
+    elif run.strange([marker_row(marker)]):
         problems.append(Problem("strange", str(path), "done with other settings or from another row", ids))
     else:
         problems += [Problem(kind, str(where), why, ids) for kind, where, why in _check_parts(run, marker)]
@@ -330,25 +330,28 @@ def _check_pack(run: _Run, name: str) -> Checked:
     path = run.folder.pack_marker(name)
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            table = file.read()
+            rows = file.read(list(_QUICK) if run.quick else None).to_pylist()
             files = {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
-            rows = table.to_pylist()
-            told = [row_marker(row) for row in rows]
+            altered = () if run.quick else _altered(rows)
     except FileNotFoundError:  # gone into a newer pack since it was listed
         return Checked()
     except _UNREADABLE as error:
         message = f"the marker of a pack cannot be read ({error}): its images have to be done again"
         return Checked(problems=(Problem("torn", str(path), message, cure="remove"),))
-    altered = [marker.image_id for marker, digest in told if marker.digest != digest]
-    problems = [Problem("altered", str(path), "markers are not what was written", tuple(altered))] if altered else []
-    whole = [marker for marker, digest in told if marker.digest == digest]
-    if strange := run.strange(whole):
+    problems = [Problem("altered", str(path), "markers are not what was written", altered)] if altered else []
+    if strange := run.strange([row for row in rows if row["image_id"] not in altered]):
         problems.append(Problem("strange", str(path), "done with other settings or from other rows", tuple(strange)))
     pack = _Pack(path, run.folder.pack_catalogue(name), run.folder.pack_stamps(name), rows, files)
     problems += _check_pack_files(pack, quick=run.quick)
     if problems and not path.exists():
         return Checked()
-    return Checked(len(rows), tuple(problems), _hashes(table["image_id"].to_pylist()))
+    return Checked(len(rows), tuple(problems), _hashes([row["image_id"] for row in rows]))
+
+
+def _altered(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Images whose markers do not have the digest that stands in them."""
+    markers = (row_marker(row) for row in rows)
+    return tuple(marker.image_id for marker, digest in markers if marker.digest != digest)
 
 
 @dataclass(frozen=True)
@@ -515,18 +518,26 @@ def _check_inputs(folder: RunFolder, pool: ThreadPoolExecutor) -> Iterator[Check
         digests.append(np.array([_number(text[:16]) for text in table["input_digest"].to_pylist()], np.uint64))
     then = pd.Series(np.concatenate(digests), np.concatenate(ids))
 
-    def check(entry: ManifestEntry) -> Checked:
-        was = then.get(_hashes([entry.image_id])[0], 0)
-        if not was or _number(input_digest(entry)[:16]) == was:
-            return Checked()
-        gone = [path for path in input_files(entry) if not path.exists()]
-        if gone:
-            why = "gone since an image was made from it; the results hold, but cannot be made again"
-            return Checked(problems=(Problem("input", str(gone[0]), why, (entry.image_id,), cure=""),))
-        why = "it or a file beside it has another size or time than when the image was made from them"
-        return Checked(problems=(Problem("input", entry.new, why, (entry.image_id,)),))
+    def check(entries: Sequence[ManifestEntry]) -> Checked:
+        known = then.reindex(_hashes([entry.image_id for entry in entries]), fill_value=np.uint64(0))
+        problems = [
+            _input_problem(entry)
+            for entry, was in zip(entries, known.tolist(), strict=True)
+            if was and _number(input_digest(entry)[:16]) != was
+        ]
+        return Checked(problems=tuple(problems))
 
-    yield from _in_order(pool, check, folder.entries())
+    entries = folder.entries()
+    yield from _in_order(pool, check, (entries[i : i + _AT_ONCE] for i in range(0, len(entries), _AT_ONCE)))
+
+
+def _input_problem(entry: ManifestEntry) -> Problem:
+    gone = [path for path in input_files(entry) if not path.exists()]
+    if gone:
+        why = "gone since an image was made from it; the results hold, but cannot be made again"
+        return Problem("input", str(gone[0]), why, (entry.image_id,), cure="")
+    why = "it or a file beside it has another size or time than when the image was made from them"
+    return Problem("input", entry.new, why, (entry.image_id,))
 
 
 def again(folder: RunFolder) -> str:
