@@ -122,10 +122,12 @@ class Stamps:
 
         def read(places: Sequence[Place]) -> None:
             row = np.array([place.chunk * CHUNK_ROWS for place in places])[which] + local
-            files = np.array([place.pack or place.image_id for place in places], object)[which]
-            for file in dict.fromkeys(files):  # each store is opened once, whatever the order asked for
-                here = np.flatnonzero(files == file)
-                stamps[here] = read_stamps(places[which[here[0]]].stamps(self._folder), row[here])
+            stores: dict[Path, int] = {}
+            numbers = [stores.setdefault(place.stamps(self._folder), len(stores)) for place in places]
+            store = np.array(numbers, np.int64)[which]
+            ends = np.cumsum(np.bincount(store, minlength=len(stores)))
+            for path, here in zip(stores, np.split(np.argsort(store, kind="stable"), ends[:-1]), strict=False):
+                stamps[here] = read_stamps(path, row[here])  # each store is opened once, whatever the order
 
         some, which = np.unique(images, return_inverse=True)
         read_moving(self._folder, self._index.places(some.tolist()), read)

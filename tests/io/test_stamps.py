@@ -52,6 +52,21 @@ def test_indexing_is_that_of_an_array(run, data):
     np.testing.assert_array_equal(stamps[chosen], expected[chosen])
 
 
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.integers(-70, 69), max_size=9))
+def test_our_reader_reads_what_zarr_reads(tmp_path, rows):
+    """Decoding chunks ourselves gives Zarr's values, whichever rows are asked for, chunks without data included."""
+    path = tmp_path / "x.zarr"
+    if not path.exists():
+        stamps = _runs.result("x", 70).stamps
+        stamps[32:64] = np.nan
+        write_stamps(path, stamps)
+    rows = np.array(rows, dtype=int)
+    array = zarr.open_array(store=str(path), mode="r")
+    np.testing.assert_array_equal(read_stamps(path, rows), array[:][rows])
+    np.testing.assert_array_equal(read_stamps(path, slice(5, 40, 7)), array[5:40:7])
+
+
 def test_outside_is_an_error(run):
     """A stamp that is not there is an IndexError, so that a loop over stamps ends."""
     stamps = open_stamps(run[0])
