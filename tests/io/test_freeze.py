@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batchproc import job
 from batchproc.config import Config
 from batchproc.errors import RunMismatchError, UsageError
 from batchproc.io.catalogue import open_catalogue
 from batchproc.io.freeze import Changes, check, complete_change, drop_strange, freeze
 from batchproc.io.manifest import entry_digest, read_manifest, write_manifest
+from batchproc.io.packs import roll_up
 from batchproc.io.progress import finished_images
 from batchproc.io.run_folder import RunFolder
 from batchproc.io.store import store_image
@@ -44,13 +47,20 @@ def images() -> list[ManifestEntry]:
     return _runs.entries(*NAMES)
 
 
-@pytest.fixture
-def folder(tmp_path: Path, images: list[ManifestEntry]) -> RunFolder:
-    """Four images, of which three are done."""
-    folder = RunFolder(tmp_path / "run")
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four images, of which three are done, one of them in a pack."""
+    folder = RunFolder(tmp_path_factory.mktemp("freeze") / "begun")
+    images = _runs.entries(*NAMES)
     freeze(folder, images, _runs.CONFIG, no_wisdom)
     do(folder, images[:3])
-    return folder
+    roll_up(folder, 1, ["a1", "c3"])
+    return folder.path
+
+
+@pytest.fixture
+def folder(begun: Path, tmp_path: Path) -> RunFolder:
+    return RunFolder(Path(shutil.copytree(begun, tmp_path / "run")))
 
 
 def done(folder: RunFolder) -> set[str]:
@@ -194,7 +204,9 @@ def test_strange_results_are_forgotten(folder: RunFolder, images: list[ManifestE
 
 
 @pytest.mark.parametrize("kind", ["extend", "redo", "settings"])
-def test_a_change_killed_at_any_moment_is_whole(tmp_path: Path, images: list[ManifestEntry], kind: str) -> None:
+def test_a_change_killed_at_any_moment_is_whole(
+    begun: Path, tmp_path: Path, images: list[ManifestEntry], kind: str
+) -> None:
     """Between any two writes the run is the old one, with all or some of its results, or the new one; whoever reads it
     sees no result under settings that it was not made with, and the same command completes it."""
     new, config = {
@@ -207,9 +219,7 @@ def test_a_change_killed_at_any_moment_is_whole(tmp_path: Path, images: list[Man
     moment = 0
     while True:
         moment += 1
-        folder = RunFolder(tmp_path / f"run{moment}")
-        freeze(folder, images, _runs.CONFIG, no_wisdom)
-        do(folder, images[:3])
+        folder = RunFolder(Path(shutil.copytree(begun, tmp_path / f"run{moment}")))
         try:
             with killed_at(folder.path, moment):
                 freeze(folder, new, config, no_wisdom, **flags)
@@ -287,3 +297,28 @@ def test_consequences_are_told_in_numbers() -> None:
         "1 image to do that is new; 1 image to do again, of which 1 is done; 2 images no longer in the manifest, "
         "the results of 2 of them deleted"
     )
+
+
+def test_a_run_that_is_redone_has_the_results_of_one_that_was_begun_so(tmp_path: Path) -> None:
+    """Through the job: what changed is done and scored again, a failure whose row was corrected is tried again, what is
+    gone is gone, and the rest is not touched."""
+    steps = job.Steps(_runs.process, _runs.load_model, _runs.no_wisdom, _runs.report)
+    config = Config.from_dict({**_runs.CONFIG.to_dict(), "classify": {"model": "stub"}})
+    options = {"config": config, "cluster": "serial", "report": False, "quiet": True}
+    images = [*_runs.entries("a3", "b4", "c5"), replace(_runs.entries("bad6")[0], gain=1.0)]
+    out = tmp_path / "run"
+    assert job.run(images, out, steps=steps, **options).exit_code == 1
+    kept = (out / "catalogue" / "b4.parquet").stat().st_mtime_ns
+    changed = [replace(images[0], gain=2.0), images[1], replace(images[3], gain=2.0), *_runs.entries("d6")]
+    plan = job.plan(changed, out, config=config, redo=True)
+    assert plan.changes == (
+        "1 image to do that is new; 2 images to do again, of which 1 is done; 1 image no longer in the manifest, the "
+        "results of 1 of them deleted",
+    )
+    assert (plan.images, plan.missing) == (4, 3)
+    mended = replace(steps, process=_runs.repaired)
+    assert job.run(changed, out, steps=mended, redo=True, **options).exit_code == 0
+    assert (out / "catalogue" / "b4.parquet").stat().st_mtime_ns == kept
+    catalogue = open_catalogue(out)
+    assert catalogue["image_id"].value_counts().to_dict() == {"b4": 4, "a3": 2, "bad6": 2, "d6": 2}
+    assert catalogue["score_stub"].notna().all()
