@@ -52,6 +52,8 @@ T = TypeVar("T")
 PACK = "packed@"
 _ATTEMPTS = 50  # of a reader whom roll-ups overtake
 _PATIENCE, _WAIT_S = 5, 0.2  # of a reader whose listing may be old: how often, and for how long
+_KEYS = ["image_id", "time"]  # by which the newest marker of an image is known
+_SMALL = {*_KEYS, "status", "n_candidates", "cpu_seconds", "peak_memory_mb", "pack", "row", "chunk"}
 _AT_ONCE = 1000  # markers of single images in memory at a time
 
 _PLACE = [
@@ -288,10 +290,13 @@ def pack_names(folder: RunFolder) -> list[str]:
 def _newest_markers(
     folder: RunFolder, columns: Sequence[str], given: Sequence[pa.ChunkedArray], patient: bool
 ) -> Iterator[pa.Table]:
-    # Files of their own before the packs are listed.
-    loose, gone = _read_loose(folder, [*dict.fromkeys([*columns, "image_id", "time"])])
+    everything = [*dict.fromkeys([*columns, *_KEYS])]
+    loose, gone = _read_loose(folder, everything)  # before the packs are listed
     names = pack_names(folder)
-    keys = [loose.select(["image_id", "time"]), *(_read_pack(folder, name, ["image_id", "time"]) for name in names)]
+    at_once = _SMALL.issuperset(columns)  # a few numbers an image: no pack is opened twice for them
+    with ThreadPoolExecutor(8) as pool:  # each read waits for a file server
+        packs = list(pool.map(lambda name: _read_pack(folder, name, everything if at_once else _KEYS), names))
+    keys = [table.select(_KEYS) for table in (loose, *packs)]
     if gone and patient:
         seen = {part_name(image_id) for table in keys for image_id in table["image_id"].to_pylist()}
         if not gone <= seen:  # on network file systems a listing may be old: the pack that they went into is there
@@ -299,9 +304,9 @@ def _newest_markers(
             raise FileNotFoundError(errno.ENOENT, "gone since it was listed", str(folder.done))
     keep = _newest(keys, given)
     yield loose.filter(pa.array(keep[0])).select(list(columns))
-    for name, chosen in zip(names, keep[1:], strict=True):
+    for name, table, chosen in zip(names, packs, keep[1:], strict=True):
         if chosen.any():
-            table = _read_pack(folder, name, columns)
+            table = table.select(list(columns)) if at_once else _read_pack(folder, name, columns)
             yield table if chosen.all() else table.filter(pa.array(chosen))
 
 
