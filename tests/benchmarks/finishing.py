@@ -46,7 +46,7 @@ def entries(n: int) -> list[ManifestEntry]:
     ]
 
 
-def make(path: Path, images: int, rows: int, size: int) -> None:
+def make(path: Path, images: int, rows: int, size: int, fields: int) -> None:
     """A finished run, rolled up: exposures all over the sky, stamps of rounded noise."""
     folder = RunFolder(path)
     config = Config.from_dict({"cutouts": {"size": size}, "classify": {"model": ""}})
@@ -57,7 +57,7 @@ def make(path: Path, images: int, rows: int, size: int) -> None:
     chunk: list[tuple[str, np.ndarray]] = []
     for i, entry in enumerate(entries(images)):
         made = _runs.result(entry.image_id, rows, 9)
-        centre = np.random.default_rng(i // 16)
+        centre = np.random.default_rng(i // 16 % fields)
         columns = made.catalogue
         columns["ra"] = (centre.uniform(0, 360) + rng.uniform(-3, 3, rows)) % 360
         columns["dec"] = np.clip(np.degrees(np.arcsin(centre.uniform(-0.5, 1))) + rng.uniform(-3, 3, rows), -90, 90)
@@ -76,12 +76,12 @@ def make(path: Path, images: int, rows: int, size: int) -> None:
 def measure(path: Path, product: str, send) -> None:
     """Make a product, step by step; sends what each cost."""
     process = psutil.Process()
-    steps_of: list[tuple[str, int, float, float]] = []
+    steps_of: list[tuple[str, int, float, float, float]] = []
     real = steps.Workshop.step
-    peak = 0
+    before = peak = 0
 
     def watched(self, function, job, items, what):
-        nonlocal peak
+        nonlocal before, peak
         stop = threading.Event()
 
         def watch() -> None:
@@ -89,16 +89,15 @@ def measure(path: Path, product: str, send) -> None:
             while not stop.wait(0.005):
                 peak = max(peak, process.memory_info().rss)
 
-        before, cpu, clock = process.memory_info().rss, time.process_time(), time.perf_counter()
-        peak = before
+        before = before or process.memory_info().rss
+        peak, cpu, clock = before, time.process_time(), time.perf_counter()
         thread = threading.Thread(target=watch)
         thread.start()
         real(self, function, job, items, what)
         stop.set()
         thread.join()
-        steps_of.append(
-            (what, len(items), time.process_time() - cpu, time.perf_counter() - clock, (peak - before) / 1e6)
-        )
+        took = time.process_time() - cpu, time.perf_counter() - clock
+        steps_of.append((what, len(items), *took, (peak - before) / 1e6))
 
     steps.Workshop.step = watched
     (made,) = finish(path, only=[product], where=Where("serial"), quiet=True)
@@ -110,12 +109,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--rows", type=int, default=500)
     parser.add_argument("--size", type=int, default=9)
+    parser.add_argument("--fields", type=int, default=10**6, help="places on the sky: few of them fill partitions")
     parser.add_argument("--folder", type=Path)
     given = parser.parse_args()
     path = given.folder or Path(tempfile.mkdtemp()) / "run"
     context = get_context("spawn")
     if not path.exists():
-        maker = context.Process(target=make, args=(path, given.images, given.rows, given.size))
+        maker = context.Process(target=make, args=(path, given.images, given.rows, given.size, given.fields))
         maker.start()
         maker.join()
     for product in PRODUCTS:
@@ -129,7 +129,7 @@ def main() -> None:
         print(f"{product}: {made.rows} rows, {made.bytes / 1e6:.0f} MB in {made.files} files; {cpu:.1f} CPU s, ")
         print(f"    {made.rows / cpu:.0f} rows and {mb / cpu:.0f} MB a CPU second; process at most {most:.0f} MB")
         for what, n, seconds, wall, memory in steps_of:
-            print(f"    {what:16s} {n:5d} tasks {seconds:7.2f} CPU s {wall:7.2f} s, {memory:6.0f} MB more than before")
+            print(f"    {what:16s} {n:5d} tasks {seconds:7.2f} CPU s {wall:7.2f} s, {memory:6.0f} MB")
         sys.stdout.flush()
 
 
