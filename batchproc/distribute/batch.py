@@ -194,13 +194,19 @@ def _common_options(
         raise UsageError(f"{logs}: a run on a queue needs a path of letters, digits and ./+@=,:-_ only")
     # Output and errors in one file a job: files are counted on shared file systems. (Told its log_directory,
     # dask-jobqueue would make two, and the folder when it only writes a script.)
+    chosen = [d for d in directives if site.system == "pbs" and d.startswith("-l select=")]
     output = [f"-o {logs}/", "-j oe"] if site.system == "pbs" else [f"-o {logs}/{name}-%J.out"]
     return {
         "job_name": name,
         "walltime": _in_minutes(walltime) if site.system == "lsf" else walltime,
         "queue": queue or None,
         "project" if site.system == "lsf" else "account": site.account or None,
-        "job_extra_directives": [*output, *([f"--qos={qos}"] if qos else []), *directives],
+        "job_extra_directives": [
+            *output,
+            *([f"--qos={qos}"] if qos else []),
+            *(d for d in directives if d not in chosen),
+        ],
+        **({"resource_spec": chosen[-1].removeprefix("-l ")} if chosen else {}),
     }
 
 

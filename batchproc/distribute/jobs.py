@@ -78,13 +78,13 @@ def open_jobs(
         cluster = stack.enter_context(
             _class_of(system)(
                 name="batchproc",
-                scheduler_options={"dashboard_address": "127.0.0.1:8787"},
+                scheduler_options=_scheduler_options(site),
                 silence_logs=logging.CRITICAL,
                 **worker_options(site, threads, folder, security, settings),
             )
         )
         try:
-            cluster.sync(cluster.submit_first, min(max(jobs[0], 1), AT_ONCE))
+            cluster.sync(cluster.submit_up_to, min(max(jobs[0], 1), AT_ONCE))
         except (RuntimeError, OSError, ValueError) as error:
             raise ClusterError(f"the first job was not accepted: {_plain(error)}") from error
         cluster.adapt(
@@ -95,6 +95,11 @@ def open_jobs(
             worker_key=job_of_worker,
         )
         yield stack.enter_context(Client(cluster))
+
+
+def _scheduler_options(site: Site) -> dict[str, Any]:
+    interface = site.driver.interface or site.interface
+    return {"dashboard_address": "127.0.0.1:8787", **({"interface": interface} if interface else {})}
 
 
 class _Job:
@@ -114,9 +119,9 @@ class _Jobs:
             self._numbers = itertools.count()
         return f"{self._name}-{next(self._numbers)}"
 
-    async def submit_first(self: Any, number: int) -> None:
-        """Submit the first jobs, and raise what goes wrong; later on `JobKeeper` tries again."""
-        for _ in range(number):
+    async def submit_up_to(self: Any, number: int) -> None:
+        """So many jobs in all; raises what goes wrong, which Dask's own way of scaling only logs."""
+        while len(self.worker_spec) < number:
             self.worker_spec.update(self.new_worker_spec())
         await self._correct_state()
 
@@ -150,6 +155,7 @@ class JobKeeper(Adaptive):
         self._looked = -math.inf
         self._rest_until = -math.inf  # after refused submissions
         self._refused = 0
+        self._fruitful: set[str] = set()  # jobs of which a worker has come
 
     async def adapt(self) -> None:
         """Called every `ADAPT_S` seconds."""
@@ -163,11 +169,18 @@ class JobKeeper(Adaptive):
             self._refused += 1
             rest = min(600.0, REST_S * 2 ** (self._refused - 1))
             self._rest_until = time.monotonic() + rest
-            _log.warning("the batch system does not answer or refuses: %s; again in %.0f s", _plain(error), rest)
+            _log.warning("%s; again in %.0f s", _plain(error), rest)
 
     async def drop_lost(self) -> None:
-        """Forget the jobs that ended without our doing; those that are missing are submitted by what follows."""
+        """Forget the jobs that ended without our doing; those that are missing are submitted by what follows.
+
+        Raises
+        ------
+        ClusterError
+            Jobs ended before their first worker came: there is no hurry to submit more like them.
+        """
         here = {job_of_worker(worker) for worker in self.cluster.scheduler.workers.values()}
+        self._fruitful = (self._fruitful | here) & set(self.cluster.workers)
         absent = {name: job for name, job in self.cluster.workers.items() if name not in here}
         ids = [str(job.job_id) for job in absent.values() if job.job_id]
         at_work = set()
@@ -178,19 +191,27 @@ class JobKeeper(Adaptive):
             answer = await _ask(self.system.status_command(ids))
             found = self.system.at_work(*answer)
             if found is None:
-                _log.warning("%s", answer[1].strip())
-                return
+                raise ClusterError(f"the batch system does not say which jobs there are: {answer[1].strip()}")
             at_work = found
-        for name, job in absent.items():
-            if str(job.job_id) not in at_work:
-                del self.cluster.workers[name]
-                self.cluster.worker_spec.pop(name, None)
-                job.status = Status.closed
+        lost = {name: job for name, job in absent.items() if str(job.job_id) not in at_work}
+        for name, job in lost.items():
+            del self.cluster.workers[name]
+            self.cluster.worker_spec.pop(name, None)
+            job.status = Status.closed
+        fruitless = [str(job.job_id) for name, job in lost.items() if job.job_id and name not in self._fruitful]
+        if fruitless:
+            raise ClusterError(
+                f"jobs ended before a worker of theirs came: {', '.join(fruitless[:5])}; see what they printed"
+            )
+
+    async def scale_up(self, n: int) -> None:
+        """Submit what is missing of the jobs of so many workers."""
+        await self.cluster.submit_up_to(math.ceil(n / self.processes))
 
     async def target(self) -> int:
         """How many workers there is work for: as many as may be, while there are more tasks than workers."""
         tasks = len(self.cluster.scheduler.tasks)
-        wanted = self.maximum if tasks >= max(1, len(self.observed)) else tasks
+        wanted = self.maximum if tasks > max(1, len(self.observed)) else tasks
         jobs = math.ceil(wanted / self.processes)
         return int(min(jobs, len(self.cluster.worker_spec) + AT_ONCE)) * self.processes
 

@@ -36,7 +36,8 @@ class DriverJob:
     """The job of the driver, which hands out the work and computes nothing: `batchproc submit`."""
 
     walltime: str = "24:00:00"
-    """``HH:MM:SS``. It stops two minutes before (a quarter of a short one), and submits itself again."""
+    """``HH:MM:SS``. It stops two minutes before (a quarter of a short one), and submits itself again; the workers' jobs
+    that still wait go with it, so this should be long against the wait."""
     memory: str = "4GB"
     """Of the job."""
     cores: int = 1
@@ -47,6 +48,8 @@ class DriverJob:
     """Quality of service (Slurm); that of the workers where left out."""
     directives: tuple[str, ...] = ()
     """More directives, as for the workers, which the driver does not inherit."""
+    interface: str = ""
+    """Network interface of the driver's machine, where it has another name than on the workers' nodes."""
 
     def __post_init__(self) -> None:
         _seconds(self.walltime, "driver.walltime")
@@ -114,7 +117,8 @@ class Site:
     qos: str = ""
     """Quality of service (Slurm only; elsewhere a directive)."""
     directives: tuple[str, ...] = ()
-    """More directives for the workers, without ``#SBATCH``, ``#PBS`` or ``#BSUB``: ``["--constraint=haswell"]``."""
+    """More directives for the workers, without ``#SBATCH``, ``#PBS`` or ``#BSUB``: ``["--constraint=haswell"]``. In PBS
+    one that begins with ``-l select=`` takes the place of ours."""
     prologue: tuple[str, ...] = ()
     """Lines of shell before Python starts: ``["module load python", "source /sw/env/bin/activate"]``."""
     python: str = ""

@@ -4,7 +4,7 @@
 set -uo pipefail
 say() { printf 'slurm for tests: %s\n' "$*" >&2; }
 
-dir=${BATCHPROC_SLURM_DIR:-/tmp/batchproc-slurm}
+dir=${BATCHPROC_SLURM_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/batchproc-slurm}
 export SLURM_CONF=$dir/etc/slurm.conf
 [ -f "$SLURM_CONF" ] || { say "nothing in $dir"; exit 0; }
 

@@ -4,7 +4,7 @@
 #   eval "$(cluster/testing/up.sh)"       # sets SLURM_CONF; sbatch, squeue, scancel then speak to this Slurm
 #   cluster/testing/down.sh
 #
-# Everything it writes is under $BATCHPROC_SLURM_DIR (default: /tmp/batchproc-slurm); nothing listens but on 127.0.0.1.
+# Everything it writes is under $BATCHPROC_SLURM_DIR (default: ~/.cache/batchproc-slurm); nothing listens but on 127.0.0.1.
 # A second call finds what is running. Settings: BATCHPROC_SLURM_CPUS (8, which may be more than there are),
 # BATCHPROC_SLURM_MEMORY (MB; 80 % of this machine's). With --install, missing packages are installed by apt-get.
 # Standard output is lines to be evaluated, all else goes to standard error.
@@ -13,7 +13,7 @@ set -euo pipefail
 say() { printf 'slurm for tests: %s\n' "$*" >&2; }
 unavailable() { say "$*"; exit 77; }
 
-dir=${BATCHPROC_SLURM_DIR:-/tmp/batchproc-slurm}
+dir=${BATCHPROC_SLURM_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/batchproc-slurm}
 cpus=${BATCHPROC_SLURM_CPUS:-8}
 memory=${BATCHPROC_SLURM_MEMORY:-$(awk '/^MemTotal/ { print int($2 / 1024 * 0.8) }' /proc/meminfo)}
 node=$(hostname -s)

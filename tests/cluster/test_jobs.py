@@ -54,9 +54,11 @@ def ask(executor, function, *arguments):
     return outcome.value
 
 
-def test_a_worker_is_a_job_and_a_lost_one_is_replaced(queue):
+def test_a_worker_is_a_job_and_a_lost_one_is_replaced(queue, monkeypatch):
     """Submitted with its script; when it dies another is submitted; at the end none is left, and no key."""
     log = queue.parent / "log"
+    told = []
+    monkeypatch.setattr(jobs._log, "warning", lambda *words: told.append(words[0] % words[1:]))
     with open_executor(profile(queue), folder=log) as executor:
         first = ask(executor, os.getpgid, 0)
         assert [path.name for path in (queue / "jobs").iterdir()] == ["1000"]
@@ -72,6 +74,8 @@ def test_a_worker_is_a_job_and_a_lost_one_is_replaced(queue):
         assert ask(executor, os.getpgid, 0) != first
         assert not (queue / "refuse").exists()
         assert len(list(log.glob("tls-*"))) == 1
+    assert any("jobs ended before a worker of theirs came: 1001; see what they printed" in line for line in told)
+    assert any("would exceed the limit of your group; again in" in line for line in told)
     assert not any(_queue.alive(queue, path.name) for path in (queue / "jobs").iterdir())
     assert list(log.glob("tls-*")) == []
 

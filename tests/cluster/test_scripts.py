@@ -140,6 +140,14 @@ def test_resources_of_the_workers_are_announced():
     assert "--resources" not in workers("slurm")
 
 
+def test_a_selection_of_nodes_replaces_ours():
+    """PBS takes one only."""
+    found = directives(workers("pbs", directives=["-l select=1:ncpus=4:model=bro", "-l place=excl"]), "pbs")
+    assert "-l select=1:ncpus=4:model=bro" in found
+    assert "-l place=excl" in found
+    assert len([line for line in found if "select" in line]) == 1
+
+
 def test_interface_and_python_of_the_site():
     """They are the site's, not this machine's."""
     script = workers("slurm", interface="hsn0", python="/sw/my env/bin/python")
