@@ -12,7 +12,7 @@ import resource
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -193,7 +193,8 @@ def process_image(job: Job, process: Process, entry: ManifestEntry) -> Receipt:
             else:
                 result = process(local, config)
         receipt = replace(result.receipt, **_use(cpu))
-        return store_image(folder, entry, result.catalogue, result.stamps, receipt, config.image_digest, inputs=inputs)
+        found = result.catalogue, result.stamps, receipt
+        return store_image(folder, entry, *found, config.image_digest, inputs=inputs, models=_models(job))
     except (WorkerDiedError, StorageError):  # no matter of this image: the campaign knows what to do
         raise
     except ExposureError as error:
@@ -311,6 +312,13 @@ def _prepare_once(job: Job) -> tuple[RunFolder, Config]:
         limit_threads(job.threads)
         keep_freed_memory()
     return folder, replace(folder.config(), threads=job.threads)
+
+
+@lru_cache(maxsize=1)
+def _models(job: Job) -> Mapping[str, str]:
+    """Name → hash of the model that the run scores with."""
+    model = RunFolder(Path(job.run)).read_record().get("model")
+    return {model["name"]: model["hash"]} if model else {}
 
 
 def _short(receipt: Receipt) -> Receipt:

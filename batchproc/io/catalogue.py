@@ -38,7 +38,6 @@ __all__ = [
     "SCHEMA",
     "make_rows",
     "open_catalogue",
-    "read_part",
     "read_place",
     "scored_images",
     "scores_digest",
@@ -83,12 +82,6 @@ def write_part(path: Path, rows: pa.Table) -> None:
     """Write the rows of one image, a table of `SCHEMA`, whole or not at all."""
     with replacing(path) as temporary:
         pq.write_table(rows, temporary, **PARQUET)
-
-
-def read_part(path: Path, columns: Sequence[str] | None = None) -> dict[str, NDArray]:
-    """Rows of one image by column, as `write_part` took them."""
-    table = pq.read_table(path, columns=None if columns is None else list(columns))
-    return {name: table[name].to_numpy() for name in table.column_names}
 
 
 def read_rows(folder: RunFolder, places: Sequence[Place], columns: Sequence[str] | None = None) -> pa.Table:

@@ -16,7 +16,6 @@ from batchproc.io.catalogue import (
     SCHEMA,
     forget_scores,
     make_rows,
-    read_part,
     scored_images,
     scores_digest,
     write_part,
@@ -30,7 +29,7 @@ THREE = SimpleNamespace(name="kinds", version="1", hash="def", normalisation="no
 
 
 def score(folder, image_id, values, model=MODEL):
-    ids = read_part(folder.catalogue_part(image_id), ["candidate_id"])["candidate_id"]
+    ids = pq.read_table(folder.catalogue_part(image_id))["candidate_id"].to_pylist()
     folder.scores_of(model.name).mkdir(parents=True, exist_ok=True)
     path = folder.scores_of(model.name) / f"{image_id}.parquet"
     write_scores(path, np.full(len(ids), image_id, object), ids, np.asarray(values, np.float32), model)

@@ -14,12 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import batchproc
 from batchproc.errors import StorageError
 from batchproc.io.catalogue import make_rows
+from batchproc.io.index import iter_markers
 from batchproc.io.markers import (
     MARKER_SCHEMA,
     Marker,
     chunks_digest,
+    entry_digest,
     input_digest,
     marker_row,
     now,
@@ -28,8 +31,10 @@ from batchproc.io.markers import (
     rows_digest,
     write_marker,
 )
+from batchproc.io.run_folder import RunFolder
 from batchproc.io.shards import open_shard, write_chunks
 from batchproc.io.store import stored_receipt
+from batchproc.job import Steps, run
 from batchproc.records import ManifestEntry, Receipt
 from tests import _runs
 
@@ -163,3 +168,19 @@ def test_a_shard_is_known_by_its_index(tmp_path):
     os.truncate(shard.path, 20)
     with pytest.raises(ValueError, match="too short for the index of 3 chunks"):
         list(shard.chunks())
+
+
+def test_a_marker_names_the_model_that_the_run_scores_with(tmp_path):
+    """And the software, the settings, the row of the manifest and the files of the image."""
+    config = replace(_runs.CONFIG, classify=replace(_runs.CONFIG.classify, model="stub"))
+    steps = Steps(process=_runs.process, model=_runs.load_model, wisdom=_runs.no_wisdom, report=_runs.report)
+    run(_runs.entries("n3"), tmp_path / "run", config=config, cluster="serial", steps=steps, quiet=True)
+    (row,) = (
+        row for table in iter_markers(RunFolder(tmp_path / "run"), MARKER_SCHEMA.names) for row in table.to_pylist()
+    )
+    marker, _ = row_marker(row)
+    assert marker.models == {"stub": "0" * 64}
+    assert marker.config_digest == config.image_digest
+    assert marker.entry_digest == entry_digest(*_runs.entries("n3"))
+    assert marker.input_digest == input_digest(*_runs.entries("n3"))
+    assert marker.versions["batchproc"] == batchproc.__version__
