@@ -460,7 +460,7 @@ def _orphans(folder: RunFolder) -> Iterator[Problem]:
     for where in (folder.catalogue, folder.stamps, folder.done):
         for path in where.iterdir() if where.is_dir() else ():
             if path.name.rpartition(".")[0] not in known or path.name.startswith(TEMPORARY):
-                why = "no marker says that it is finished: nobody reads it, and the next run removes it"
+                why = "no marker says that it is finished: nobody reads it, and a run removes what is old of its kind"
                 yield Problem("orphaned", str(path), why, cure="")
 
 

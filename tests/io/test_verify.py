@@ -16,12 +16,15 @@ import pytest
 from batchproc import job
 from batchproc.cli import main
 from batchproc.config import Config
+from batchproc.errors import DamagedRunError
+from batchproc.io.catalogue import open_catalogue
 from batchproc.io.events import EventLog
 from batchproc.io.index import loose_names, pack_names
 from batchproc.io.packs import loose_images, roll_up
 from batchproc.io.progress import finished_images
 from batchproc.io.run_folder import RunFolder
 from batchproc.io.shards import SHARD
+from batchproc.io.stamps import open_stamps
 from batchproc.io.store import store_image
 from batchproc.io.verify import Problem, check_run, mend, wrong_images
 from tests import _runs
@@ -198,6 +201,24 @@ def test_a_pack_whose_footers_lie_is_written_anew(finished: Path, folder: RunFol
     mend(folder, found)
     assert problems(folder) == []
     assert_same(seen(folder.path), seen(finished))
+
+
+@pytest.mark.parametrize("what", ["rows of an image", "stamps of an image", "rows of a pack", "stamps of a pack"])
+@pytest.mark.parametrize("damage", [lose, cut])
+def test_a_marker_without_its_files_is_trusted_by_nobody(
+    finished: Path, folder: RunFolder, what: str, damage: Callable[[Path, random.Random], None]
+) -> None:
+    """Readers do not make up what is not there, and name what finds out more; a driver that rolls it up finds it, and
+    the next one does it again."""
+    truth = seen(finished)
+    damage(one_of(folder, what), random.Random(1))
+    read = open_catalogue if what.startswith("rows") else lambda path: open_stamps(path)[:]
+    with pytest.raises(DamagedRunError, match=f"batchproc verify {folder.path} --repair"):
+        read(folder.path)
+    run(folder.path)
+    assert kinds(folder) <= {"orphaned"}
+    run(folder.path)
+    assert_same(seen(folder.path), truth)
 
 
 def test_quick_looks_at_presence_and_footers(folder: RunFolder) -> None:
