@@ -182,7 +182,7 @@ def merge(job: Job, piece: Piece) -> None:
     if len(rows) != piece.rows:
         raise RuntimeError(f"{piece.cell}: {len(rows)} rows came, {piece.rows} were counted")
     order = np.argsort(rows[hats_format.INDEX_COLUMN].to_numpy(), kind="stable")
-    hats_format.write_partition(job.path("new"), piece.cell, rows.take(order))
+    hats_format.write_partition(job.path("new"), piece.cell, rows, order)
 
 
 def publish(job: Job, about: dict[str, str]) -> None:

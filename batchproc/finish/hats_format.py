@@ -17,9 +17,11 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 import batchproc
 from batchproc.finish.sky import INDEX_ORDER, Cell
@@ -50,22 +52,21 @@ def partition_path(catalogue: Path, cell: Cell) -> Path:
     return folder / f"Npix={cell.pixel}.parquet"
 
 
-def write_partition(catalogue: Path, cell: Cell, rows: pa.Table) -> int:
-    """Write the rows of a cell, whole or not at all; returns the size of the file."""
+def write_partition(catalogue: Path, cell: Cell, rows: pa.Table, order: NDArray[np.intp]) -> None:
+    """Write the rows of a cell in this order, whole or not at all; a row group at a time is brought into it."""
     floating = [field.name for field in rows.schema if pa.types.is_floating(field.type)]
     encoding = dict.fromkeys(floating, "BYTE_STREAM_SPLIT") | {INDEX_COLUMN: "DELTA_BINARY_PACKED"}
+    others = [name for name in rows.column_names if name not in encoding]
     path = partition_path(catalogue, cell)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        pq.write_table(
-            rows,
-            temporary,
-            compression="zstd",
-            row_group_size=_ROW_GROUP,
-            use_dictionary=[name for name in rows.column_names if name not in encoding],
-            column_encoding=encoding,
-        )
-    return path.stat().st_size
+    with (
+        replacing(path) as temporary,
+        pq.ParquetWriter(
+            temporary, rows.schema, compression="zstd", use_dictionary=others, column_encoding=encoding
+        ) as file,
+    ):
+        for start in range(0, len(order), _ROW_GROUP):
+            file.write_table(rows.take(order[start : start + _ROW_GROUP]))
 
 
 def write_metadata(
