@@ -47,8 +47,12 @@ DASK = {
     "distributed.admin.low-level-log-length": 20,
 }
 
+#: A process of a local cluster that is away for longer than this (15 s by default) is given up by Dask for good, and on
+#: a busy machine the next one takes as long to begin.
+_LOCAL = {"distributed.deploy.lost-worker-timeout": "1 day"}
+
 #: Seconds after which a local cluster that has lost all its processes is given up.
-_PATIENCE_S = 60.0
+_PATIENCE_S = 300.0
 
 
 #: Where batch systems say from which machine a job was submitted.
@@ -261,7 +265,7 @@ def _local_client(workers: int | None, threads: int, tasks: int, large: int | No
 
     processes = _local_processes(workers, threads, tasks)
     environment = dask.config.get("distributed.nanny.pre-spawn-environ", {}) | thread_environment(threads)
-    settings = DASK | {"distributed.nanny.pre-spawn-environ": environment}
+    settings = DASK | {"distributed.nanny.pre-spawn-environ": environment, **_LOCAL}
     with dask.config.set(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is already in use", category=UserWarning)
         with (
