@@ -27,7 +27,6 @@ from batchproc.distribute.clusters import DASK
 from batchproc.distribute.sites import find_site, load_site
 from batchproc.errors import BatchprocError, UsageError
 from batchproc.io.atomic import write_text
-from batchproc.io.run_folder import RunFolder
 
 __all__ = ["Submission", "drive", "prepare", "submit"]
 
@@ -55,7 +54,7 @@ class Submission:
     job : str
         Its number, of the last one.
     tried : int
-        Images that had been tried when it began.
+        Images that had been tried when it was handed in.
     idle : int
         Jobs in a row before it in which no image was tried.
     """
@@ -114,7 +113,7 @@ def prepare(manifest: str | Path, out: str | Path, profile: str, options: Sequen
     command = (python, "-m", "batchproc", "run", str(Path(manifest).resolve()), "--out", str(run), "--cluster", path)
     script = driver_script(site, name, run / "log", (python, "-m", "batchproc.submit", str(run)), Path.cwd())
     workers = worker_script(site, _threads(options), run / "log", DASK)
-    return Submission(str(run), path, name, (*command, *options), script), workers
+    return Submission(str(run), path, name, (*command, *options), script, tried=_tried(run)), workers
 
 
 def submit(manifest: str | Path, out: str | Path, profile: str, options: Sequence[str] = ()) -> Submission:
@@ -140,19 +139,19 @@ def drive(run: Path) -> int:
         The exit code of the job: 0 when it was handed in again, else that of the run.
     """
     submission = Submission.read(run)
-    submission = replace(submission, tried=_tried(run))
     code, stopped = _work(submission)
     if stopped:
         _say("stopped from outside; `batchproc submit` goes on")
         return code
     if code in _FINAL or not _missing(run):
         return code
-    idle = 0 if _tried(run) > submission.tried else submission.idle + 1
+    tried = _tried(run)
+    idle = 0 if tried > submission.tried else submission.idle + 1
     if idle >= IDLE_ROUNDS:
         _say(f"no image was tried in {idle} jobs: not handed in again; their output is in {run}/log/jobs")
         return code or 1
     try:
-        handed = replace(submission, idle=idle).hand_in()
+        handed = replace(submission, tried=tried, idle=idle).hand_in()
     except BatchprocError as error:
         _say(f"{error}; `batchproc submit` goes on")
         return code or 1
@@ -204,6 +203,7 @@ def _missing(run: Path) -> bool:
 
 
 def _status(run: Path) -> Any:
+    from batchproc.io.run_folder import RunFolder
     from batchproc.io.status import read_status
 
     folder = RunFolder(run)

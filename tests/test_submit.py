@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import signal
@@ -53,14 +52,12 @@ def handed(monkeypatch):
 def begun(tmp_path, profile, monkeypatch):
     """A run of three images whose driver is a program, and what is known of the run before and after it."""
 
-    def driven_by(program: str, tried: tuple[int, int] = (0, 0), **values) -> Path:
-        known = itertools.chain([tried[0]], itertools.repeat(tried[1]))
-        monkeypatch.setattr(
-            submit, "_status", lambda run: SimpleNamespace(done=(n := next(known)), failed=0, bugs=0, missing=3 - n)
-        )
+    def driven_by(program: str, before: int = 0, after: int = 0, **values) -> Path:
+        status = SimpleNamespace(done=after, failed=0, bugs=0, missing=3 - after)
+        monkeypatch.setattr(submit, "_status", lambda run: status)
         run = tmp_path / "RUN"
         command = (sys.executable, "-c", program)
-        submission = Submission(str(run), str(profile), "bp-RUN", command, "the script", **values)
+        submission = Submission(str(run), str(profile), "bp-RUN", command, "the script", tried=before, **values)
         (run / "log").mkdir(parents=True)
         (run / "log" / "submission.json").write_text(json.dumps(asdict(submission)))
         return run
@@ -70,7 +67,7 @@ def begun(tmp_path, profile, monkeypatch):
 
 def test_a_driver_that_had_to_stop_is_handed_in_again(begun, handed):
     """The same script, while images are missing and some get done."""
-    run = begun("raise SystemExit(143)", (1, 2), idle=2)
+    run = begun("raise SystemExit(143)", 1, 2, idle=2)
     assert drive(run) == 0
     assert handed == ["the script"]
     assert Submission.read(run).job == "101"
@@ -95,7 +92,7 @@ def test_a_run_that_ended_is_not_handed_in_again(begun, handed, code):
 
 def test_a_run_without_missing_images_is_not_handed_in_again(begun, handed):
     """However its driver ended; failures are left to ``batchproc retry``."""
-    assert drive(begun("raise SystemExit(1)", (1, 3))) == 1
+    assert drive(begun("raise SystemExit(1)", 1, 3)) == 1
     assert handed == []
 
 
