@@ -62,7 +62,12 @@ def write_partition(catalogue: Path, cell: Cell, rows: pa.Table, order: NDArray[
     with (
         replacing(path) as temporary,
         pq.ParquetWriter(
-            temporary, rows.schema, compression="zstd", use_dictionary=others, column_encoding=encoding
+            temporary,
+            rows.schema,
+            compression="zstd",
+            use_dictionary=others,
+            column_encoding=encoding,
+            write_page_checksum=True,
         ) as file,
     ):
         for start in range(0, len(order), _ROW_GROUP):

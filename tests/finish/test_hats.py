@@ -198,3 +198,15 @@ def test_worker_processes_make_the_same(night):
     assert product.state == "made"
     # Their partitions have the size of the package, not that of these tests: all rows in fewer files.
     assert pd.concat(map(pd.read_parquet, before)).shape[0] == product.rows
+
+
+def test_an_altered_page_can_be_noticed(night):
+    """Pages carry checksums: who asks a reader to look at them sees a flipped byte."""
+    hats_of(night)
+    path = partitions(night)[0]
+    pq.read_table(path, partitioning=None, page_checksum_verification=True)
+    data = bytearray(path.read_bytes())
+    data[200] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(OSError, match=r"CRC|checksum"):
+        pq.read_table(path, partitioning=None, page_checksum_verification=True)
