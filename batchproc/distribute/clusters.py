@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from batchproc.distribute.batch import check_installed
 from batchproc.distribute.executors import DaskExecutor, Executor, SerialExecutor
 from batchproc.distribute.sites import Site, load_site
 from batchproc.distribute.threads import limit_threads, thread_environment
@@ -121,7 +122,9 @@ class Where:
             raise UsageError(f"min_jobs = {self.min_jobs} is more than max_jobs = {self.max_jobs}")
         if self.performance_report is not None and self.cluster == "serial":
             raise UsageError("a performance report is Dask's, and a serial run has none: `--cluster local --workers 1`")
-        self.site()
+        site = self.site()
+        if site is not None and site.system != "address":
+            check_installed(site)
 
 
 @contextmanager
