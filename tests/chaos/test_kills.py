@@ -44,6 +44,11 @@ def worker_processes(driver: int) -> list[psutil.Process]:
         return []
 
 
+def has_begun(worker: psutil.Process, night: Path) -> bool:
+    """Whether it has ever had an image: a worker, and not a process that is on its way to become one."""
+    return (night / BUSY / f"{worker.pid}.began").exists()
+
+
 def is_busy(worker: psutil.Process, night: Path) -> bool:
     """Whether it, or the process in which it tries an image alone, is in the middle of one."""
     try:
@@ -71,7 +76,7 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         while not self.stop.wait(self.rng.exponential(self.every_s)):
-            workers = worker_processes(os.getpid())
+            workers = [worker for worker in worker_processes(os.getpid()) if has_begun(worker, self.night)]
             if workers:
                 worker = workers[self.rng.integers(len(workers))]
                 self.killed_at_work += is_busy(worker, self.night)

@@ -24,7 +24,7 @@ from batchproc.job import Steps, retry, run
 from batchproc.records import Receipt
 from tests import _runs
 from tests.chaos._campaign import events_of
-from tests.chaos._steps import poison
+from tests.chaos._poison import poison
 
 pytestmark = pytest.mark.chaos
 
@@ -57,7 +57,7 @@ def require_blamed(receipt: Receipt, poison: str) -> None:
     assert f"/nights/{poison}.fits" in receipt.message
     assert word in receipt.message
     if error != "MemoryLimitError" and poison != "gone":  # these say where they were
-        assert "_steps.py" in receipt.traceback, receipt.traceback
+        assert "_poison.py" in receipt.traceback, receipt.traceback
 
 
 def require_neighbours(folder: Path, names: list[str]) -> None:
