@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from batchproc.distribute.batch import SYSTEMS, driver_script, worker_script
+from batchproc.distribute.batch import SYSTEMS, check_installed, driver_script, worker_script
 from batchproc.distribute.batch import submit as hand_in
 from batchproc.distribute.clusters import DASK
 from batchproc.distribute.sites import find_site, load_site
@@ -107,6 +107,7 @@ def prepare(manifest: str | Path, out: str | Path, profile: str, options: Sequen
     site, run = load_site(profile), Path(out).resolve()
     if site.system not in SYSTEMS:
         raise UsageError(f"{find_site(profile)}: system = {site.system!r} has no queue; use `batchproc run --cluster`")
+    check_installed(site)
     name = "bp-" + re.sub(r"[^\w.-]", "-", run.name)[:12]  # no longer than any batch system allows
     python = site.python or sys.executable
     path = str(find_site(profile).resolve())

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from batchproc.distribute.threads import thread_environment
 from batchproc.distribute.tls import security_of
 from batchproc.errors import ClusterError, UsageError
 
-__all__ = ["SYSTEMS", "BatchSystem", "driver_script", "submit", "worker_options", "worker_script"]
+__all__ = ["SYSTEMS", "BatchSystem", "check_installed", "driver_script", "submit", "worker_options", "worker_script"]
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,8 @@ class BatchSystem:
     @property
     def cluster_class(self) -> Any:
         """Of dask-jobqueue; its ``job_cls`` writes scripts."""
-        try:
-            import dask_jobqueue
-        except ImportError as error:
-            raise UsageError(
-                "jobs on a queue need the package dask-jobqueue: python -m pip install 'batchproc[hpc]'"
-            ) from error
+        import dask_jobqueue
+
         return getattr(dask_jobqueue, f"{self.name}Cluster")
 
     def status_command(self, ids: Iterable[str]) -> str:
@@ -94,6 +91,16 @@ SYSTEMS = {
         "LSF", "bjobs -noheader -o 'jobid stat' {ids}", " ", "DONE|EXIT|ZOMBI", "is not found", "bkill -J {name}"
     ),
 }
+
+
+def check_installed(site: Site) -> None:
+    """Raise `UsageError` where a package is missing that jobs need; imports nothing."""
+    needed = {"dask_jobqueue": "jobs on a queue need"}
+    if site.tls and not site.certificates:
+        needed["cryptography"] = "TLS needs"
+    for package, need in needed.items():
+        if find_spec(package) is None:
+            raise UsageError(f"{need} the package {package}: python -m pip install 'batchproc[hpc]'")
 
 
 def worker_options(

@@ -23,7 +23,7 @@ import dask
 from distributed import Adaptive, Client
 from distributed.core import Status
 
-from batchproc.distribute.batch import SYSTEMS, BatchSystem, worker_options
+from batchproc.distribute.batch import SYSTEMS, BatchSystem, check_installed, worker_options
 from batchproc.distribute.sites import Site
 from batchproc.distribute.tls import security_of, temporary_certificates
 from batchproc.errors import ClusterError
@@ -62,9 +62,12 @@ def open_jobs(
 
     Raises
     ------
+    UsageError
+        A package is missing.
     ClusterError
         The batch system does not accept the first jobs.
     """
+    check_installed(site)
     system = SYSTEMS[site.system]
     with ExitStack() as stack:
         stack.enter_context(dask.config.set({**settings, **_DASK}))

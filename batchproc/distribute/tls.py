@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from batchproc.distribute.sites import Certificates
-from batchproc.errors import UsageError
 
 __all__ = ["security_of", "temporary_certificates"]
 
@@ -29,13 +28,7 @@ def temporary_certificates(folder: Path) -> Iterator[Certificates]:
     """
     from distributed.security import Security
 
-    try:
-        made = Security.temporary()
-    except ImportError as error:
-        raise UsageError(
-            "TLS needs the package cryptography: python -m pip install 'batchproc[hpc]'; or say tls = false in the "
-            "profile, where nobody else is on the network"
-        ) from error
+    made = Security.temporary()
     folder.mkdir(parents=True, exist_ok=True)
     prefix = f"tls-{os.uname().nodename}-"
     for left in folder.glob(f"{prefix}*"):

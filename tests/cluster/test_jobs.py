@@ -146,3 +146,11 @@ def test_a_scheduler_of_somebody_else_lets_in_who_has_the_key(tmp_path):
             open_executor(Where(cluster.scheduler_address.replace("tls", "tcp"))),
         ):
             pass
+
+
+def test_dasks_own_report_is_written_on_request(tmp_path):
+    """Of what its workers did when."""
+    path = tmp_path / "report.html"
+    with open_executor(Where("local", 1, performance_report=path)) as executor:
+        assert ask(executor, sum, (1, 2)) == 3
+    assert "<html" in path.read_text().lower()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from batchproc.distribute import batch
 from batchproc.distribute.clusters import Where, expected_workers, worker_memory
 from batchproc.distribute.sites import LAUNCHER_MEMORY, Site, find_site, load_site
 from batchproc.errors import ConfigError, UsageError
@@ -81,6 +82,19 @@ def test_an_unknown_word_is_refused_with_what_is_there():
         Where("nonsense").check()
     with pytest.raises(ConfigError, match=r"nowhere\.toml: cannot be read"):
         Where("nowhere.toml").check()
+
+
+@pytest.mark.parametrize(("package", "need"), [("dask_jobqueue", "jobs on a queue"), ("cryptography", "TLS")])
+def test_a_missing_package_is_told_with_what_to_type(package, need, tmp_path, monkeypatch):
+    """Before anything is started; own certificates, or none, need no package that makes them."""
+    monkeypatch.setattr(batch, "find_spec", lambda name: None if name == package else object())
+    path = tmp_path / "site.toml"
+    path.write_text('system = "slurm"\ncores = 4\nmemory = "8GiB"\nwalltime = "02:00:00"\n')
+    with pytest.raises(UsageError, match=rf"{need} needs? the package {package}: python -m pip install"):
+        Where(str(path)).check()
+    path.write_text(path.read_text() + "tls = false\n")
+    if package == "cryptography":
+        Where(str(path)).check()
 
 
 def test_memory_of_a_worker_is_its_share_of_the_job():
