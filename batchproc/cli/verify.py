@@ -101,10 +101,10 @@ def _tell(images: int, problems: list[Problem], wrong: set[str], repaired: bool,
     found = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common()) or "all is as it was written"
     lines.append(f"{images} finished images looked at: {found}")
     if wrong and repaired:
-        lines.append(f"{len(wrong)} images are missing now; `{command}` does them")
+        lines.append(f"images that are missing now: {len(wrong)}; `{command}` does them")
     elif wrong:
         lines.append(
-            f"the results of {len(wrong)} images do not hold; `batchproc verify {run} --repair` makes them missing, "
+            f"images whose results do not hold: {len(wrong)}; `batchproc verify {run} --repair` makes them missing, "
             f"then `{command}` does them"
         )
     return lines

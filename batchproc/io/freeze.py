@@ -85,7 +85,7 @@ class Changes:
 
     def consequences(self) -> str:
         """What accepting them does, in numbers."""
-        told = [f"{_images(len(self.new))} to do that {_are(len(self.new))} new"] if self.new else []
+        told = [f"{_images(len(self.new), 'new ')} to do"] if self.new else []
         if self.again:
             told.append(
                 f"{_images(len(self.again))} to do again, of which {self.done_again} {_are(self.done_again)} done"
@@ -392,8 +392,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _images(n: int) -> str:
-    return f"{n} image{'s' * (n != 1)}"
+def _images(n: int, kind: str = "") -> str:
+    return f"{n} {kind}image{'s' * (n != 1)}"
 
 
 def _are(n: int) -> str:

@@ -129,7 +129,7 @@ def test_other_settings_or_images_are_refused_with_the_difference(
 def test_new_images_are_accepted_by_extend(folder: RunFolder, images: list[ManifestEntry]) -> None:
     """Nothing that is done is touched; without the flag the message names it."""
     more = [*_runs.entries("e5"), *images]
-    with pytest.raises(RunMismatchError, match=r"e5 is new\. --extend accepts that: 1 image to do"):
+    with pytest.raises(RunMismatchError, match=r"e5 is new\. --extend accepts that: 1 new image to do"):
         check(folder, more, _runs.CONFIG)
     found = freeze(folder, more, _runs.CONFIG, no_wisdom, extend=True)
     assert (found.new, found.only_new) == (("e5",), True)
@@ -294,7 +294,7 @@ def test_consequences_are_told_in_numbers() -> None:
     """One image is one image."""
     found = Changes(new=("a",), gone=("b", "c"), again=frozenset("d"), done_again=1, done_gone=2)
     assert found.consequences() == (
-        "1 image to do that is new; 1 image to do again, of which 1 is done; 2 images no longer in the manifest, "
+        "1 new image to do; 1 image to do again, of which 1 is done; 2 images no longer in the manifest, "
         "the results of 2 of them deleted"
     )
 
@@ -312,7 +312,7 @@ def test_a_run_that_is_redone_has_the_results_of_one_that_was_begun_so(tmp_path:
     changed = [replace(images[0], gain=2.0), images[1], replace(images[3], gain=2.0), *_runs.entries("d6")]
     plan = job.plan(changed, out, config=config, redo=True)
     assert plan.changes == (
-        "1 image to do that is new; 2 images to do again, of which 1 is done; 1 image no longer in the manifest, the "
+        "1 new image to do; 2 images to do again, of which 1 is done; 1 image no longer in the manifest, the "
         "results of 1 of them deleted",
     )
     assert (plan.images, plan.missing) == (4, 3)

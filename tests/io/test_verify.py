@@ -299,7 +299,7 @@ def test_the_command_tells_what_to_do(folder: RunFolder, capsys: pytest.CaptureF
     told = json.loads(text)
     assert (code, told["wrong_images"], told["repaired"]) == (1, ["h33"], False)
     code, text = verify("--repair")
-    assert (code, "1 images are missing now" in text, f"`{told['command']}` does them" in text) == (1, True, True)
+    assert (code, "images that are missing now: 1" in text, f"`{told['command']}` does them" in text) == (1, True, True)
     with pytest.raises(SystemExit) as left:
         main(["verify", str(folder.path / "nowhere")])
     assert left.value.code == 2
