@@ -16,7 +16,15 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 #: Where conda-forge has another name than PyPI: the package without its optional companions.
 CONDA_NAMES = {"dask": "dask-core", "matplotlib": "matplotlib-base"}
 #: Imports whose distribution has another name, and what each pulls in for sure (and so needs no line of its own).
-DISTRIBUTIONS = {"ai_edge_litert": "ai-edge-litert", "tomli_w": "tomli-w", "skimage": "astroalign", "numcodecs": "zarr"}
+DISTRIBUTIONS = {
+    "ai_edge_litert": "ai-edge-litert",
+    "tomli_w": "tomli-w",
+    "skimage": "astroalign",
+    "numcodecs": "zarr",
+    "google_crc32c": "zarr",
+    "psutil": "distributed",
+    "cloudpickle": "distributed",
+}
 
 
 def split(requirement: str) -> tuple[str, str]:
