@@ -46,6 +46,9 @@ DASK = {
     # Messages and transitions that are kept for who debugs Dask: a call for 200 images has 60 kB, and would be there
     # twice.
     "distributed.admin.low-level-log-length": 20,
+    # Looking at its own event loop 50 times a second costs each process of Dask more than one per cent of a core.
+    "distributed.admin.tick.interval": "1s",
+    "distributed.admin.system-monitor.interval": "2s",
 }
 
 #: A process of a local cluster that is away for longer than this (15 s by default) is given up by Dask for good, and on
