@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import importlib
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -25,6 +26,8 @@ from batchproc.errors import CrashError, MemoryLimitError, TimeLimitError
 __all__ = ["run_alone"]
 
 _POLL_S = 0.05
+_BEGIN_S = 300.0  # that a child may take to begin, besides its limit
+_READY = b"!"
 _LAST_WORDS = 4000  # characters kept of what the child said on standard error
 _DUMP_S = 5.0  # that it gets to say where it was
 _PR_SET_PDEATHSIG = 1
@@ -36,6 +39,7 @@ def run_alone(
     time_limit: float = 0.0,
     memory_limit: int = 0,
     threads: int = 1,
+    imports: Sequence[str] = (),
 ) -> Any:
     """Call a function in a child process.
 
@@ -44,11 +48,13 @@ def run_alone(
     function, *arguments
         What can be pickled (by value where no module has it).
     time_limit : float
-        Seconds; 0: none.
+        Seconds, from when the child is ready; 0: none.
     memory_limit : int
         Bytes of resident memory; 0: none.
     threads : int
         For every library of the child.
+    imports : sequence of str
+        Modules that the child imports to be ready: on a busy machine that may take longer than the call.
 
     Returns
     -------
@@ -67,34 +73,39 @@ def run_alone(
     environment = os.environ | thread_environment(threads) | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     # Files without a name in place of pipes: nothing can fill up, and nothing is left behind.
     with TemporaryFile() as question, TemporaryFile() as answer, TemporaryFile() as words:
-        cloudpickle.dump((function, arguments), question)
+        cloudpickle.dump((imports, function, arguments), question)
         question.seek(0)
         command = [sys.executable, "-m", "batchproc.distribute.alone", str(os.getpid())]
         with subprocess.Popen(command, stdin=question, stdout=answer, stderr=words, env=environment) as child:
             try:
-                _watch(child, words, time_limit, memory_limit)
+                _watch(child, answer, words, time_limit, memory_limit)
             finally:
                 child.kill()
         answer.seek(0)
         reply = answer.read()
-        if not reply:
+        if len(reply) <= len(_READY):
             raise _crash(child.returncode, words)
-        value, error = pickle.loads(reply)
+        value, error = pickle.loads(reply[len(_READY) :])
         if error is not None:
             raise error
         return value
 
 
-def _watch(child: subprocess.Popen[bytes], words: IO[bytes], time_limit: float, memory_limit: int) -> None:
+def _watch(
+    child: subprocess.Popen[bytes], answer: IO[bytes], words: IO[bytes], time_limit: float, memory_limit: int
+) -> None:
     """Wait for its end; raise where it goes beyond a limit."""
     import psutil
 
-    start = time.monotonic()
+    ready = False
+    start = time.monotonic() + _BEGIN_S
     process = psutil.Process(child.pid)
     while True:
         with suppress(subprocess.TimeoutExpired):
             child.wait(_POLL_S)
             return
+        if not ready and os.fstat(answer.fileno()).st_size:
+            ready, start = True, time.monotonic()
         if time_limit and time.monotonic() - start > time_limit:
             _ask_where(child)
             raise TimeLimitError(
@@ -163,7 +174,11 @@ def _main(parent: int) -> None:
     faulthandler.enable()
     with os.fdopen(os.dup(1), "wb") as answer:
         os.dup2(2, 1)  # what libraries print is no answer
-        function, arguments = pickle.load(sys.stdin.buffer)
+        imports, function, arguments = pickle.load(sys.stdin.buffer)
+        for name in imports:
+            importlib.import_module(name)
+        answer.write(_READY)
+        answer.flush()
         reply: tuple[Any, Exception | None]
         try:
             reply = (function(*arguments), None)

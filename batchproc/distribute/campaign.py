@@ -49,8 +49,11 @@ _EVENTS = {
 
 
 _AT_LAST = {
-    Mishap.TRANSIENT: " (each time in some minutes; `batchproc retry RUN` when that is mended)",
-    Mishap.LOST: "",
+    Mishap.TRANSIENT: " (each time it was tried, over some minutes; `batchproc retry RUN` when that is mended)",
+    Mishap.LOST: (
+        ", and so it went each time it was tried alone: it may take whole machines along; look at what the jobs "
+        "printed (RUN/log), then `batchproc retry RUN`"
+    ),
     Mishap.CRASHED: "",
     Mishap.OVERRAN: "",
 }
@@ -216,11 +219,7 @@ class _Campaign:
             status = Mishap.OVERRAN
         else:
             status = Mishap.LOST
-        message = (
-            f"{entry.new}: {error}, and so it went each time it was tried alone: it may take whole machines along; "
-            "look at what the jobs printed (RUN/log), then `batchproc retry RUN`"
-        )
-        return _receipt(entry, status, "CrashError", message)
+        return _receipt(entry, status, "CrashError", f"{entry.new}: {error}")
 
     def settle(self, entry: ManifestEntry, receipt: Receipt) -> Receipt | None:
         """Book what became of an image; the receipt where it is the last word on it."""

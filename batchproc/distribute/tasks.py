@@ -278,6 +278,7 @@ def _process_alone(job: Job, process: Process, entry: ManifestEntry, trial: Tria
             time_limit=job.time_limit,
             memory_limit=process_limit(),
             threads=job.threads,
+            imports=("batchproc.flow", "batchproc.io.store"),
         )
         return receipt
     except (TimeLimitError, MemoryLimitError) as error:

@@ -268,4 +268,4 @@ def _begin(out: str) -> Any:
 def _work(folder: Any, image_ids: list[str]) -> float:
     from batchproc.io.markers import read_marker
 
-    return sum(read_marker(folder.marker(image_id)).receipt.quality["work_cpu"] for image_id in image_ids)
+    return sum(read_marker(folder.marker(image_id))[0].receipt.quality["work_cpu"] for image_id in image_ids)

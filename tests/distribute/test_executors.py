@@ -163,7 +163,7 @@ def call(function):
     return function()
 
 
-@pytest.mark.parametrize("word", ["slurm", ""])
+@pytest.mark.parametrize("word", ["nonsense", ""])
 def test_an_unknown_cluster_is_refused(word):
     """The message lists what there is."""
     with pytest.raises(UsageError, match="expected local, serial"), open_executor(Where(word)):

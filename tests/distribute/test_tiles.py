@@ -15,9 +15,10 @@ from click.testing import CliRunner
 
 from batchproc import simulate
 from batchproc.cli import cli
-from batchproc.cli.running import _tell_plan
+from batchproc.cli.texts import tell_plan
 from batchproc.config import Config
 from batchproc.distribute import tiles
+from batchproc.distribute.clusters import Where
 from batchproc.distribute.executors import WorkerDiedError
 from batchproc.distribute.plan import choose_spread, images_at_once
 from batchproc.distribute.tiles import TileMap, tiles_under_way
@@ -329,4 +330,4 @@ def test_the_dry_run_says_what_is_spread(night, tmp_path, options, said):
 def test_the_dry_run_counts_the_threads_of_each_worker(night, tmp_path):
     """As many workers as the run would have: one for so many cores."""
     found = plan(night, tmp_path / "run", config=Config(threads=4096), spread="tiles")
-    assert "one image a task, 1 at a time" in _tell_plan(found, "local", None)
+    assert "one image a task, 1 at a time" in tell_plan(found, Where("local"))
