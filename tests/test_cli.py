@@ -203,7 +203,7 @@ def test_settings_may_come_through_a_pipe(call, night, tmp_path):
     writer.start()
     code, out, _ = call("run", *[pipe if str(word).endswith(".toml") else word for word in words], "--pilot", 1)
     assert code == 0
-    assert "measured on 1 images" in out
+    assert "measured on 1 image:" in out
     assert RunFolder(tmp_path / "run").config() == _runs.CONFIG
 
 

@@ -48,7 +48,7 @@ def tell_plan(plan: Plan, where: Where) -> str:
     workers = expected_workers(where, plan.threads)
     lines = [
         *(f"changed: {change}" for change in plan.changes),
-        f"{plan.images} images: {plan.done} done, {plan.failed} failed before, {plan.missing} to do",
+        f"{_counted(plan.images, 'image')}: {plan.done} done, {plan.failed} failed before, {plan.missing} to do",
         f"to read: {size(plan.bytes_in)}; to write: about {size(plan.bytes_out)} in {plan.files_out} files and folders",
     ]
     if plan.missing_files:
@@ -57,13 +57,13 @@ def tell_plan(plan: Plan, where: Where) -> str:
         lines += [_tasks(plan, workers), _memory(plan.fit(where))]
     if plan.measured:
         lines.append(
-            f"measured on {plan.measured} images: {duration(plan.seconds_per_image)} and up to "
+            f"measured on {_counted(plan.measured, 'image')}: {duration(plan.seconds_per_image)} and up to "
             f"{size(plan.peak_memory_mb * 2**20)} of memory each"
         )
         if plan.missing:
             lines.append(
                 f"for what is left: {_number(plan.cpu_hours)} CPU-hours, {duration(plan.seconds(workers))} "
-                f"on {workers} workers"
+                f"on {_counted(workers, 'worker')}"
             )
     else:
         lines.append("time is not known before some images are done: `--pilot N` measures N of them")
@@ -98,7 +98,7 @@ def _driver(status: Status, driver: Driver) -> list[str]:
     who = f"process {driver.pid} on {driver.host}{job}"
     if driver.running:
         lines = [f"at work: {driver.phase or driver.command or 'begun'}, {who}, since {_when(driver.since)}"]
-        lines += [f"{driver.workers} workers, {driver.in_flight} images under way"]
+        lines += [f"{_counted(driver.workers, 'worker')}, {_counted(driver.in_flight, 'image')} under way"]
         return lines + ([f"dashboard: {driver.dashboard}"] if driver.dashboard else [])
     how = "killed, or out of reach: last heard of" if driver.killed else "ended"
     lines = [f"nobody is at work: {who} {how} {_when(driver.heard)}"]
@@ -108,12 +108,14 @@ def _driver(status: Status, driver: Driver) -> list[str]:
 def _tasks(plan: Plan, workers: int) -> str:
     if plan.spread(workers) == "tiles":
         return (
-            f"the tiles of each image ({plan.need.pixels / 1e6:.0f} Mpix) are spread over {workers} workers, "
+            f"the tiles of each image ({plan.need.pixels / 1e6:.0f} Mpix) are spread over {_counted(workers, 'worker')}, "
             f"with {size(plan.tile_bytes(workers))} of them under way"
         )
     if plan.tasks < plan.missing:
-        return f"{plan.tasks} tasks, of about {plan.missing / plan.tasks:.0f} images each; {workers} at a time"
-    return f"{plan.tasks} tasks, an image each; {min(workers, plan.missing)} at a time"
+        return (
+            f"{_counted(plan.tasks, 'task')}, of about {plan.missing / plan.tasks:.0f} images each; {workers} at a time"
+        )
+    return f"{_counted(plan.tasks, 'task')}, an image each; {min(workers, plan.missing)} at a time"
 
 
 def _memory(fit: Fit) -> str:
@@ -133,6 +135,11 @@ def _go_on(run: str) -> str:
 def _when(time: str) -> str:
     """'2026-11-21 11:20:29 UTC'."""
     return f"{time[:19].replace('T', ' ')} UTC"
+
+
+def _counted(n: int, what: str) -> str:
+    """'1 image', '2 images'."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _number(value: float) -> str:

@@ -24,7 +24,9 @@ _SHOWN = 50  # problems in words; --json has all of them
 
 @click.command(
     epilog=example(
-        "batchproc verify RUN --quick", "batchproc verify RUN --repair; batchproc run RUN/manifest.parquet --out RUN"
+        "batchproc verify RUN --quick",
+        "batchproc verify RUN --repair",
+        "batchproc run RUN/manifest.parquet --out RUN",
     )
 )
 @run_folder

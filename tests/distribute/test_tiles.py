@@ -261,15 +261,15 @@ def test_an_image_whose_tile_killed_a_worker_is_tried_again_and_then_fails(tmp_p
     dask_executor.client.wait_for_workers(2, timeout=30)
 
 
-def deadly(entry, config, *, map_tiles):
-    """An image whose tiles are fatal."""
+def deadly(entry, config, *, map_tiles=map):
+    """An image whose tiles are fatal, on other workers and in a process of its own."""
     return list(map_tiles(die, range(1)))
 
 
 def test_the_plan_says_what_is_spread(night, tmp_path):
     """And how large the images are, and the memory of the tiles; nothing is computed for that."""
     found = plan(night, tmp_path / "run", config=Config())
-    assert found.pixels == 560**2
+    assert found.need.pixels == 560**2
     assert found.spread(2) == "images"
     forced = plan(night, tmp_path / "run", config=Config(), spread="tiles")
     assert (forced.spread(2), forced.spread(1)) == ("tiles", "images")
@@ -316,8 +316,8 @@ def test_a_worker_on_another_processor_estimates(tmp_path):
     ("options", "said"),
     [
         (["--spread", "tiles", "--workers", "4"], "are spread over 4 workers"),
-        (["--spread", "tiles", "--cluster", "serial"], "one image a task"),
-        (["--workers", "4"], "one image a task, 1 at a time"),
+        (["--spread", "tiles", "--cluster", "serial"], "1 task, an image each; 1 at a time"),
+        (["--workers", "4"], "1 task, an image each; 1 at a time"),
     ],
 )
 def test_the_dry_run_says_what_is_spread(night, tmp_path, options, said):
@@ -330,4 +330,4 @@ def test_the_dry_run_says_what_is_spread(night, tmp_path, options, said):
 def test_the_dry_run_counts_the_threads_of_each_worker(night, tmp_path):
     """As many workers as the run would have: one for so many cores."""
     found = plan(night, tmp_path / "run", config=Config(threads=4096), spread="tiles")
-    assert "one image a task, 1 at a time" in tell_plan(found, Where("local"))
+    assert "1 task, an image each; 1 at a time" in tell_plan(found, Where("local"))
