@@ -108,8 +108,8 @@ def _driver(status: Status, driver: Driver) -> list[str]:
 def _tasks(plan: Plan, workers: int) -> str:
     if plan.spread(workers) == "tiles":
         return (
-            f"the tiles of each image ({plan.need.pixels / 1e6:.0f} Mpix) are spread over {_counted(workers, 'worker')}, "
-            f"with {size(plan.tile_bytes(workers))} of them under way"
+            f"the tiles of each image ({plan.need.pixels / 1e6:.0f} Mpix) are spread over "
+            f"{_counted(workers, 'worker')}, with {size(plan.tile_bytes(workers))} of them under way"
         )
     if plan.tasks < plan.missing:
         return (
