@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.benchmarks import _left_behind, _overhead
+from tests.benchmarks import _bare, _left_behind, _overhead
 from tests.benchmarks._fresh import run_fresh
 
 
@@ -43,6 +43,20 @@ def inodes(arguments: argparse.Namespace) -> None:
         print(f"left behind after that: {_left_behind.count(run).files} files and folders")
 
 
+def two_workers(arguments: argparse.Namespace) -> None:
+    """What two workers gain, beside what two bare processes gain, and what Dask takes for itself."""
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as out:
+        found = _bare.compare(
+            Path(out), images=arguments.images, size=arguments.size, rounds=arguments.rounds, echo=True
+        )
+    print(f"medians of {len(found.rounds)} rounds, {arguments.images} images of {arguments.size}² pixels:")
+    print(f"1 → 2 workers over 1 → 2 bare processes: {found.gain:.3f}")
+    print(f"images a second of two workers over two bare processes: {found.against_bare:.3f}")
+    print(f"CPU of a campaign over that of bare processes, two workers: {found.cpu_against_bare():.3f}")
+    print(f"Dask's own CPU over the work: one worker {found.cost(1):.2%}, two workers {found.cost(2):.2%}")
+    print(f"storing over the work: {found.storing():.2%}")
+
+
 def _tell(found: _overhead.Overhead) -> None:
     print(f"{found.images} images in {found.tasks} tasks, {found.seconds:.0f} s")
     print(
@@ -73,6 +87,11 @@ def main(words: Sequence[str] | None = None) -> None:
     command.add_argument("--images", type=int, default=100_000)
     command.add_argument("--workers", type=int, default=2)
     command.set_defaults(work=inodes)
+    command = commands.add_parser("two-workers", help=two_workers.__doc__)
+    command.add_argument("--images", type=int, default=24)
+    command.add_argument("--size", type=int, default=1024, help="pixels of a side")
+    command.add_argument("--rounds", type=int, default=5)
+    command.set_defaults(work=two_workers)
     arguments = parser.parse_args(words)
     arguments.work(arguments)
 
