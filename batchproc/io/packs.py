@@ -21,9 +21,11 @@ from __future__ import annotations
 import errno
 import os
 import uuid
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +143,14 @@ def forget(folder: RunFolder, image_ids: Iterable[str]) -> None:
         forget_failures(folder, ids)
         for image_id in ids:
             folder.marker(image_id).unlink(missing_ok=True)
-        for old in pack_names(folder):
-            with pq.ParquetFile(folder.pack_marker(old)) as file:
-                inside = set(file.read(["image_id"])["image_id"].to_pylist())
-            if inside & ids:  # also an older copy, which would come to light when the newer one goes
-                kept = [source for source in _sources_in(folder, [old]) if source.place.image_id not in ids]
-                _write_pack(folder, next_pack_number(folder), kept, {})
-                _remove_pack(folder, old)
+        # Also with an older copy in them, which would come to light when the newer one goes.
+        concerned = {pack for pack in pack_names(folder) if not ids.isdisjoint(_images_in(folder, pack))}
+        numbers = count(next_pack_number(folder))
+        for pack, sources in groupby(_sources_in(folder, concerned), lambda source: source.place.pack):
+            _write_pack(folder, next(numbers), [source for source in sources if source.place.image_id not in ids], {})
+            _remove_pack(folder, pack)
+        for pack in concerned:  # where one is left, there are newer copies of all in it
+            _remove_pack(folder, pack)
         for image_id in ids:
             _remove_files(folder, image_id)
 
@@ -249,6 +252,12 @@ def _sources_in(folder: RunFolder, packs: Collection[str]) -> Iterator[_Source]:
             yield _Source(row, place)
 
 
+def _images_in(folder: RunFolder, pack: str) -> list[str]:
+    with pq.ParquetFile(folder.pack_marker(pack)) as file:
+        ids: list[str] = file.read(["image_id"])["image_id"].to_pylist()
+    return ids
+
+
 def _write_pack(
     folder: RunFolder, number: int, sources: Sequence[_Source], bad: dict[str, str]
 ) -> tuple[str, set[str]]:
@@ -292,14 +301,17 @@ class _Copying:
         self._folder, self._writer, self._rows, self._bad = folder, writer, rows, bad
         self._waiting: list[pa.Table] = []
         self._n_rows = 0
-        self._kind: Mapping[str, Any] | None = None
+        self._shapes: Counter[tuple[int, ...]] = Counter()
         self.n_chunks = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of a stamp: (3, h, w)."""
-        assert self._kind is not None
-        return tuple(self._kind["chunk"][1:])
+        """Of a stamp: (3, h, w), by what most stores say.
+
+        All images of a run are stored alike, and their digests tell whether chunks are what was written; where the
+        description of one is altered, that is no matter of the others.
+        """
+        return self._shapes.most_common(1)[0][0]
 
     def chunks(self, sources: Iterable[_Source]) -> Iterator[bytes | None]:
         """The encoded chunks of all images that are as their markers say."""
@@ -338,12 +350,11 @@ class _Copying:
         chunks: list[bytes | None] = []
         if place.n:
             shard = open_shard(place.stamps(self._folder))
-            self._kind = self._kind or shard.kind
-            if shard.kind != self._kind:
-                raise ValueError(f"{shard.path}: stamps of another size or encoding than those of other images")
             chunks = list(shard.chunks(place.chunk, place.chunk - (-place.n // CHUNK_ROWS)))
         if chunks_digest(chunks) != row["stamps_digest"]:
             raise ValueError(f"{place.stamps(self._folder)}: stamps of {place.image_id} are altered")
+        if place.n:
+            self._shapes[tuple(shard.kind["chunk"][1:])] += 1
         return rows, chunks
 
     def _flush(self) -> None:

@@ -34,7 +34,7 @@ class Shard:
     n_rows, rows_per_chunk : int
         Of the array, along its first axis: the only one along which it has more than one chunk.
     kind : mapping
-        What two stores must have in common for chunks to be copied from one into the other.
+        What its description says of a chunk: shape, codecs, type of the values.
     """
 
     path: Path

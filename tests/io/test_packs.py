@@ -20,7 +20,7 @@ import zarr
 
 from batchproc import open_catalogue, open_stamps
 from batchproc.errors import DamagedRunError
-from batchproc.io import packs
+from batchproc.io import index, packs
 from batchproc.io.atomic import remove_leftovers
 from batchproc.io.catalogue import read_rows, scored_images, write_scores
 from batchproc.io.index import find_places, iter_done, iter_markers, pack_names, read_index, results_digest
@@ -490,3 +490,33 @@ def test_a_task_whose_files_are_taken_away_does_not_mark_them(run, monkeypatch):
     with pytest.raises(OSError, match="another driver has the run"):
         _runs.store(run, "b", 3)
     assert "b" not in finished_images(run)
+
+
+def test_an_altered_description_of_stamps_is_no_matter_of_other_images(run, template):
+    """What counts is the encoded stamps, which are as they were: the pack's own description is written anew."""
+    for image_id in ("d", "b"):
+        about = run.stamps_part(image_id) / "zarr.json"
+        about.write_text(about.read_text().replace('"clevel": 1', '"clevel": 2'))
+        packed = roll_up(run, 1 if image_id == "d" else 2, list(IMAGES), pack_names(run))
+        assert packed.bad == {}
+        check(run, template)
+        forget(run, ["b"])
+        _runs.store(run, "b", IMAGES["b"])
+
+
+def test_forgetting_reads_the_marker_of_each_pack_a_few_times(tmp_path, monkeypatch):
+    """However many packs there are that have one of the images: other settings concern all of a million."""
+    reads = {}
+    for n in (4, 12):
+        names = [f"i{i:02}" for i in range(2 * n)]
+        folder = begin(tmp_path / f"run{n}", dict.fromkeys(names, 1))
+        for i in range(n):
+            roll_up(folder, i + 1, names[2 * i : 2 * i + 2])
+        seen = []
+        with monkeypatch.context() as patch:
+            read = index._read_pack
+            patch.setattr(index, "_read_pack", lambda *given, r=read, s=seen: (s.append(given), r(*given))[1])
+            forget(folder, names[::2])
+        assert set(finished_images(folder)) == {*names[1::2]}
+        reads[n] = len(seen)
+    assert reads[12] == 3 * reads[4]
