@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from batchproc.errors import DamagedRunError
 from batchproc.finish.work import Contents, Images, Job
 from batchproc.io.atomic import write_text
-from batchproc.io.catalogue import SCHEMA, read_rows
+from batchproc.io.catalogue import SCHEMA, read_rows, scores_schema
 from batchproc.io.markers import rows_digest
 
 __all__ = ["Scores", "freeze_scores", "frozen_scores", "read_scored_rows", "scored_schema", "survey_scores"]
@@ -57,7 +57,7 @@ def survey_scores(contents: Contents) -> list[Scores]:
     places = {image_id: place for place, image_id in enumerate(contents.index.image_ids)}
     models: dict[str, Scores] = {}
     for path in sorted(contents.folder.scores.glob("*/[!.]*.parquet")):
-        schema = pq.read_schema(path)
+        schema = scores_schema(contents.folder, path)
         said = {key.decode(): value.decode() for key, value in schema.metadata.items()}
         here = [places[image_id] for image_id in json.loads(said["images"]) if image_id in places]
         if here:

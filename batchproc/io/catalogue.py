@@ -3,7 +3,7 @@
 Units and meanings of `batchproc.records.CATALOGUE` are in the metadata of each field. A part numbers its stamps from 0;
 `open_catalogue` counts them through the whole run, as `batchproc.io.stamps.open_stamps` does. Scores are rows of
 ``scores/MODEL/*.parquet`` with the candidate's id, so that scoring rewrites nothing that is finished; each part of them
-says which images it is about, and by the digest of their stamps, whether it still is.
+says which images it is about. An image that is to be done again is taken out of it first (`forget_scores`).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ __all__ = [
     "read_place",
     "scored_images",
     "scores_digest",
+    "scores_schema",
     "write_part",
     "write_scores",
 ]
@@ -155,7 +156,7 @@ def open_catalogue(
     catalogue = _read_parts(folder, read_index(folder), needed, stored)
     for model in scores.values():
         if needed & model.columns.keys():
-            catalogue[list(model.columns)] = _read_scores(model).reindex(catalogue["candidate_id"]).to_numpy()
+            catalogue[list(model.columns)] = _read_scores(folder, model).reindex(catalogue["candidate_id"]).to_numpy()
     for name, operator, value in later:
         catalogue = catalogue[_OPERATORS[operator](catalogue[name], value)]
     catalogue = catalogue[wanted].reset_index(drop=True)
@@ -214,10 +215,12 @@ def scored_images(folder: RunFolder, model: Any) -> set[str]:
     ------
     RunMismatchError
         Another version of the model has scored some: its scores are not mixed with new ones.
+    DamagedRunError
+        A part of them cannot be read.
     """
     images: set[str] = set()
     for path in _score_parts(folder.scores_of(model.name)):
-        metadata = _text(pq.read_schema(path).metadata)
+        metadata = _text(scores_schema(folder, path).metadata)
         if metadata["hash"] != model.hash:
             raise RunMismatchError(
                 f"{path.parent} has scores of version {metadata['version']} of the model {model.name} "
@@ -229,9 +232,13 @@ def scored_images(folder: RunFolder, model: Any) -> set[str]:
 
 
 def forget_scores(folder: RunFolder, image_ids: Collection[str]) -> None:
-    """Take images out of the scores of all models, which then count as not scored."""
+    """Take images out of the scores of all models, which then count as not scored; so do parts that are torn."""
     for path in (part for model in folder.scores.glob("*/") for part in _score_parts(model)):
-        metadata = pq.read_schema(path).metadata
+        try:
+            metadata = scores_schema(folder, path).metadata
+        except DamagedRunError:
+            path.unlink()
+            continue
         before = json.loads(metadata[b"images"])
         left = [image_id for image_id in before if image_id not in image_ids]
         if not left:
@@ -240,6 +247,31 @@ def forget_scores(folder: RunFolder, image_ids: Collection[str]) -> None:
             table = pq.read_table(path)
             table = table.filter(pc.is_in(table["image_id"], pa.array(left, pa.string())))
             _write_scores(path, table.replace_schema_metadata({**metadata, b"images": json.dumps(left)}))
+
+
+def scores_schema(folder: RunFolder, path: Path) -> pa.Schema:
+    """Columns and metadata of a part of scores.
+
+    Raises
+    ------
+    DamagedRunError
+        It is none (any more).
+    """
+    try:
+        schema = pq.read_schema(path)
+        json.loads(schema.metadata[b"images"])
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk, not what is on it
+            raise
+        raise _unreadable_scores(folder, path, error) from error
+    return schema
+
+
+def _unreadable_scores(folder: RunFolder, path: Path, error: Exception) -> DamagedRunError:
+    return DamagedRunError(
+        f"{path}: scores cannot be read ({error}); `batchproc verify {folder.path} --repair` removes what is damaged, "
+        "and the next `batchproc run` or `batchproc classify` makes it again"
+    )
 
 
 def _rows_of(folder: RunFolder, places: Sequence[Place], names: Sequence[str]) -> list[pa.Table]:
@@ -334,7 +366,7 @@ def _score_columns(folder: RunFolder) -> dict[str, _Scores]:
     for path in sorted(folder.scores.glob("*/")):
         parts = _score_parts(path)
         if parts:
-            schema = pq.read_schema(parts[0])
+            schema = scores_schema(folder, parts[0])
             metadata = _text(schema.metadata)
             columns = {
                 f"score_{metadata['model']}{name.removeprefix('score')}": name
@@ -346,11 +378,16 @@ def _score_columns(folder: RunFolder) -> dict[str, _Scores]:
     return models
 
 
-def _read_scores(model: _Scores) -> pd.DataFrame:
+def _read_scores(folder: RunFolder, model: _Scores) -> pd.DataFrame:
     import pyarrow.dataset as ds
 
     columns = ["candidate_id", *model.columns.values()]
-    frame = ds.dataset(model.parts, format="parquet").to_table(columns=columns).to_pandas()
+    try:
+        frame = ds.dataset(model.parts, format="parquet").to_table(columns=columns).to_pandas()
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk, not what is on it
+            raise
+        raise _unreadable_scores(folder, model.parts[0].parent, error) from error
     # A chunk that was scored twice (a driver was killed, and the next one cut other chunks) gave the same scores.
     return frame.drop_duplicates("candidate_id").set_index("candidate_id")[list(model.columns.values())]
 

@@ -28,7 +28,8 @@ import batchproc
 from batchproc.config import Config
 from batchproc.errors import ManifestError, RunMismatchError, UsageError
 from batchproc.io.atomic import our_disk, remove, rename, replacing, write_text
-from batchproc.io.index import iter_done
+from batchproc.io.catalogue import forget_scores
+from batchproc.io.index import iter_done, iter_markers
 from batchproc.io.manifest import entry_digest, manifest_digest, write_manifest
 from batchproc.io.markers import file_digest, software
 from batchproc.io.packs import forget
@@ -146,6 +147,7 @@ def freeze(
         complete_change(folder)
         found = check(folder, entries, config, model=model, extend=extend, redo=redo)
         if found:
+            _keep_wisdom(folder, wisdom)
             _change(folder, entries, config, model)
         else:
             _mend(folder, entries, config, wisdom)
@@ -235,10 +237,20 @@ def complete_change(folder: RunFolder) -> None:
 def drop_strange(folder: RunFolder) -> int:
     """Forget images that were done with other settings than the run's, or from another row; returns how many.
 
-    They can be left by a run that had the folder before, or be copied from another.
+    They can be left by a run that had the folder before, or be copied from another. Scores of images that are not done
+    go as well.
     """
-    strange = _strange(folder, folder.entry_digests(), folder.image_digest())
+    missing = folder.entry_digests()
+    strange = _strange(folder, missing, folder.image_digest())
     forget(folder, strange)
+    if folder.scores.is_dir():
+        # Whose marker was lost, or taken back for damage, is done again, perhaps with other results: those would count
+        # as scored as long as scores of the former ones are there.
+        for table in iter_markers(folder, ["image_id"]):
+            for image_id in table["image_id"].to_pylist():
+                missing.pop(image_id, None)
+        with our_disk(folder.path):
+            forget_scores(folder, missing.keys())
     return len(strange)
 
 
@@ -266,6 +278,7 @@ def _begin(
             "by another version of batchproc; give the manifest and the settings they were done with, choose another "
             "--out, or accept with --redo that these results are deleted"
         )
+    remove(folder.next)  # a change of what was lost with run.json
     _write_inputs(folder, entries, config)
     write_text(folder.wisdom_file, wisdom())
     _write_record(folder, {"id": uuid.uuid4().hex, "begun": _now()} | _identity(entries, config, model))
@@ -313,6 +326,14 @@ def _mend(folder: RunFolder, entries: Sequence[ManifestEntry], config: Config, w
     _write_inputs(folder, entries, config)
     write_text(folder.wisdom_file, wisdom())
     _write_record(folder, record)
+
+
+def _keep_wisdom(folder: RunFolder, wisdom: Callable[[], str]) -> None:
+    """Put the wisdom right where it was damaged: a change takes it over with the digest that it has then."""
+    path = folder.wisdom_file
+    frozen = folder.read_record().get("files", {}).get(path.name)
+    if not path.is_file() or file_digest(path) != frozen:
+        write_text(path, wisdom())
 
 
 def _frozen(folder: RunFolder) -> tuple[Path, ...]:

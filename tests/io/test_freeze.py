@@ -322,3 +322,29 @@ def test_a_run_that_is_redone_has_the_results_of_one_that_was_begun_so(tmp_path:
     catalogue = open_catalogue(out)
     assert catalogue["image_id"].value_counts().to_dict() == {"b4": 4, "a3": 2, "bad6": 2, "d6": 2}
     assert catalogue["score_stub"].notna().all()
+
+
+@pytest.mark.parametrize("damage", [b"damaged", None])
+def test_a_change_does_not_take_damaged_wisdom_over(
+    folder: RunFolder, images: list[ManifestEntry], damage: bytes | None
+) -> None:
+    """It is put right first: by its digest it would be good from then on, and the values of new images other ones."""
+    folder.wisdom_file.unlink() if damage is None else folder.wisdom_file.write_bytes(damage)
+    freeze(folder, [*images, *_runs.entries("e5")], _runs.CONFIG, no_wisdom, extend=True)
+    assert folder.wisdom_file.read_text() == no_wisdom()
+    assert not freeze(folder, [*images, *_runs.entries("e5")], _runs.CONFIG, no_wisdom)
+
+
+def test_a_change_of_a_run_whose_run_json_is_lost_is_not_carried_out(
+    folder: RunFolder, images: list[ManifestEntry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the folder is begun with anew is what counts, not what had been accepted before it was lost."""
+    with monkeypatch.context() as patch:
+        patch.setattr("batchproc.io.freeze.complete_change", lambda folder: None)
+        freeze(folder, images[:2], _runs.CONFIG, no_wisdom, redo=True)
+    assert folder.next.is_dir()
+    folder.record.unlink()
+    freeze(folder, images, _runs.CONFIG, no_wisdom)
+    complete_change(folder)
+    assert frozen(folder) == (images, _runs.CONFIG)
+    assert done(folder) == {"a1", "b2", "c3"}

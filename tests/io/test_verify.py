@@ -27,6 +27,7 @@ from batchproc.io.shards import SHARD
 from batchproc.io.stamps import open_stamps
 from batchproc.io.store import store_image
 from batchproc.io.verify import Problem, check_run, mend, wrong_images
+from batchproc.records import ManifestEntry
 from tests import _runs
 from tests._faults import assert_same, seen
 
@@ -303,3 +304,38 @@ def test_the_command_tells_what_to_do(folder: RunFolder, capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as left:
         main(["verify", str(folder.path / "nowhere")])
     assert left.value.code == 2
+
+
+def other_stamps(entry: ManifestEntry, config: Config) -> _runs.Result:
+    """What comes out of another file: the same names of candidates, other stamps, and a candidate more."""
+    found = _runs.process(entry, config)
+    found = _runs.result(entry.image_id, len(found.stamps) + 1)
+    found.stamps[:, 0, 0, 1] += 50
+    return found
+
+
+@pytest.mark.parametrize("what", ["marker of an image", "marker of a pack"])
+def test_an_image_that_is_done_again_is_scored_again(folder: RunFolder, what: str) -> None:
+    """Also where its marker was lost, so that nobody could say which image had to be forgotten."""
+    before = set(finished_images(folder))
+    cut(one_of(folder, what), random.Random(3))
+    mend(folder, problems(folder))
+    again = before - set(finished_images(folder))
+    steps = job.Steps(other_stamps, _runs.load_model, _runs.no_wisdom, _runs.report)
+    job.run(IMAGES, folder.path, config=CONFIG, cluster="serial", steps=steps, report=False, quiet=True)
+    catalogue = open_catalogue(folder.path, columns=["image_id", "score_stub"])
+    assert again
+    assert ((catalogue["score_stub"] >= 0.5) == catalogue["image_id"].isin(again)).all()
+
+
+def test_torn_scores_are_told_to_readers_and_made_again_by_a_driver(folder: RunFolder) -> None:
+    """They cost little, so a driver needs nobody's word for that."""
+    truth = seen(folder.path)
+    part = next(folder.scores_of("stub").glob("*.parquet"))
+    whole = part.read_bytes()
+    for length in (100, 0):
+        part.write_bytes(whole[:length])
+        with pytest.raises(DamagedRunError, match=rf"{part.name}.*batchproc verify .* --repair"):
+            open_catalogue(folder.path)
+        run(folder.path)
+        assert_same(seen(folder.path), truth)
