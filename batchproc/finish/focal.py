@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,10 +70,8 @@ def survey_focal_planes(contents: Contents) -> Product:
     """What there is of the table, and what there will be."""
     target = contents.folder.path / "focal_planes.parquet"
     rows = pq.read_metadata(contents.folder.manifest).num_rows
-    if target.is_file():
-        said = pq.read_schema(target).metadata.get(b"batchproc_inputs", b"").decode()
-        if said == _inputs(contents):
-            return Product("focal-planes", target, "current", rows, 1, target.stat().st_size)
+    if _said_inputs(target) == _inputs(contents):
+        return Product("focal-planes", target, "current", rows, 1, target.stat().st_size)
     return Product("focal-planes", target, "to make", rows, 1, _ROW_BYTES * rows)
 
 
@@ -89,9 +88,19 @@ def make_focal_planes(shop: Workshop) -> Product:
 
 
 def _inputs(contents: Contents) -> str:
-    """Of what was done, and of what was said of failures."""
+    """Of the manifest, whose exposures and images not tried are in the table, of what was done, and of failures."""
     tried = (f"{r.image_id} {r.status} {r.error} {r.message}" for r in iter_receipts(contents.folder))
-    return digest(_FORM, contents.digest, *sorted(tried))
+    manifest = str(contents.folder.read_record()["manifest_digest"])
+    return digest(_FORM, manifest, contents.digest, *sorted(tried))
+
+
+def _said_inputs(table: Path) -> str:
+    """What a table says that it was made from; empty where there is none, or none that can be read."""
+    try:
+        metadata = pq.read_schema(table).metadata or {}
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return ""
+    return str(metadata.get(b"batchproc_inputs", b"").decode())
 
 
 def limiting_magnitude(quality: Mapping[str, Any], *, snr: float = 5.0) -> float:

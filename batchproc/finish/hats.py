@@ -76,7 +76,7 @@ def _inputs(contents: Contents) -> str:
 def _survey(contents: Contents, inputs: str) -> Product:
     target, n = contents.folder.path / "hats", len(contents.index)
     said = hats_format.read_properties(target)
-    if said.get("batchproc_inputs") == inputs and not hats_format.damaged_partitions(target):
+    if said.get("batchproc_inputs") == inputs and hats_format.is_whole(target):
         note = _without_position(int(said["batchproc_rows_without_position"]))
         return counted(Product("hats", target, "current", int(said["hats_nrows"]), note=note))
     if n == 0:
@@ -188,13 +188,17 @@ def merge(job: Job, piece: Piece) -> None:
 def publish(job: Job, about: dict[str, str]) -> None:
     """Write the catalogue's metadata, and give the folder its name in place of an older one.
 
+    Done twice, where the worker died that had done it, it is done once.
+
     Raises
     ------
     RuntimeError
         A partition does not have the rows that were counted.
     """
-    new = job.path("new")
+    new, target = job.path("new"), job.folder.path / "hats"
+    if not new.exists() and hats_format.read_properties(target).get("batchproc_inputs") == job.inputs:
+        return
     schema = pa.schema([hats_format.INDEX_FIELD, *scored_schema(frozen_scores(job))])
     name = job.folder.path.resolve().name
     hats_format.write_metadata(new, _partitions(job.path("partitions.json")), schema, name, about)
-    rename(new, job.folder.path / "hats")
+    rename(new, target)

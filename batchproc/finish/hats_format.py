@@ -30,7 +30,7 @@ from batchproc.io.atomic import remove_leftovers, replacing, write_text
 __all__ = [
     "INDEX_COLUMN",
     "INDEX_FIELD",
-    "damaged_partitions",
+    "is_whole",
     "partition_path",
     "read_properties",
     "write_metadata",
@@ -149,8 +149,17 @@ def read_properties(catalogue: Path) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
 
 
-def damaged_partitions(catalogue: Path) -> list[Path]:
-    """Partitions that are not there, or not of the size that they were written with."""
-    listed = pd.read_csv(catalogue / "partition_info.csv")[["Norder", "Npix", "num_bytes"]].to_numpy().tolist()
-    paths = [(partition_path(catalogue, Cell(order, pixel)), size) for order, pixel, size in listed]
-    return [path for path, size in paths if not path.is_file() or path.stat().st_size != size]
+def is_whole(catalogue: Path) -> bool:
+    """Whether everything of a catalogue is there: partitions of the sizes they were written with, and its metadata."""
+    try:
+        rows = int(read_properties(catalogue)["hats_nrows"])
+        listed = pd.read_csv(catalogue / "partition_info.csv")
+        partitions = listed[["Norder", "Npix", "num_bytes"]].to_numpy().tolist()
+        pq.read_schema(catalogue / "dataset" / "_common_metadata")
+        return (
+            listed["num_rows"].sum() == rows == pq.read_metadata(catalogue / "dataset" / "_metadata").num_rows
+            and (catalogue / "properties").read_bytes() == (catalogue / "hats.properties").read_bytes()
+            and all(partition_path(catalogue, Cell(o, p)).stat().st_size == size for o, p, size in partitions)
+        )
+    except (FileNotFoundError, ValueError, KeyError):
+        return False

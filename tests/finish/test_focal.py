@@ -12,10 +12,12 @@ from batchproc.distribute.clusters import Where
 from batchproc.finish import finish, work
 from batchproc.finish.focal import FOCAL_PLANES, limiting_magnitude
 from batchproc.flow import process_image
+from batchproc.io.freeze import freeze
 from batchproc.io.packs import roll_up
 from batchproc.io.progress import ReceiptLog
 from batchproc.records import ManifestEntry, Receipt
 from batchproc.report import write_report
+from tests import _runs
 from tests.finish import _night
 
 
@@ -72,7 +74,8 @@ def test_a_failed_image_is_there_with_its_cause_and_a_missing_one_too(tmp_path):
 
 
 def test_it_is_made_anew_when_something_else_is_known(night):
-    """Nothing new: left alone, also after a roll-up. An image that fails in another way: made anew."""
+    """Nothing new: left alone, also after a roll-up. An image that fails in another way, images that were added and not
+    tried, a torn table: made anew."""
     table_of(night)
     roll_up(night, 3, [entry.image_id for entry in _night.entries()])
     assert table_of(night)[0] == "current"
@@ -81,6 +84,13 @@ def test_it_is_made_anew_when_something_else_is_known(night):
     state, table = table_of(night)
     assert state == "made"
     assert table["cause"].iloc[-1] == "read: ReadError: no such file"
+    more = _night.entries(_night.EXPOSURES + 1)
+    freeze(night, more, _runs.CONFIG, lambda: "", extend=True)
+    state, table = table_of(night)
+    assert (state, len(table)) == ("made", len(more))
+    for damage in (b"torn", b""):
+        (night.path / "focal_planes.parquet").write_bytes(damage)
+        assert table_of(night)[0] == "made"
 
 
 GAIN, ZERO_POINT = 1.7, 27.5

@@ -156,7 +156,42 @@ def test_what_is_current_is_left_alone_and_what_is_not_is_made_anew(night):
     torn.write_bytes(torn.read_bytes()[:-10])
     assert plan(night.path, only=["hats"])[0].state == "to make"
     assert hats_of(night).state == "made"
-    assert hats_format.damaged_partitions(night.path / "hats") == []
+    assert hats_format.is_whole(night.path / "hats")
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_whatever_is_missing_of_a_catalogue_it_is_made_anew(night, cut):
+    """Not its partitions alone: LSDB opens none without these files, and would be told that it is current."""
+    hats_of(night)
+    for name in (
+        "partition_info.csv",
+        "properties",
+        "hats.properties",
+        "dataset/_metadata",
+        "dataset/_common_metadata",
+    ):
+        path = night.path / "hats" / name
+        whole = path.read_bytes()
+        path.unlink()
+        if cut:
+            path.write_bytes(whole[: len(whole) // 2])
+        assert plan(night.path, only=["hats"])[0].state == "to make"
+        assert hats_of(night).state == "made"
+        assert path.is_file()
+        assert hats_format.is_whole(night.path / "hats")
+
+
+def test_a_catalogue_that_was_published_is_not_published_again(night, monkeypatch):
+    """A worker may die after it has given the folder its name and before anybody knows."""
+    publish = hats.publish
+
+    def twice(job, about):
+        publish(job, about)
+        publish(job, about)
+
+    monkeypatch.setattr(hats, "publish", twice)
+    assert hats_of(night).state == "made"
+    assert len(read(night)) == open_catalogue(night.path)["ra"].notna().sum()
 
 
 def test_a_dry_run_writes_nothing(night):

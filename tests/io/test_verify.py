@@ -319,7 +319,8 @@ def test_an_image_that_is_done_again_is_scored_again(folder: RunFolder, what: st
     """Also where its marker was lost, so that nobody could say which image had to be forgotten."""
     before = set(finished_images(folder))
     cut(one_of(folder, what), random.Random(3))
-    mend(folder, problems(folder))
+    if what == "marker of a pack":  # without which nothing is to be read; a torn one of an image counts for nothing
+        mend(folder, problems(folder))
     again = before - set(finished_images(folder))
     steps = job.Steps(other_stamps, _runs.load_model, _runs.no_wisdom, _runs.report)
     job.run(IMAGES, folder.path, config=CONFIG, cluster="serial", steps=steps, report=False, quiet=True)
