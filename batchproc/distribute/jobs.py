@@ -14,7 +14,7 @@ import re
 import shlex
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,7 @@ class JobKeeper(Adaptive):
         self._rest_until = -math.inf  # after refused submissions
         self._refused = 0
         self._fruitful: set[str] = set()  # jobs of which a worker has come
+        self._barren = False  # since the last job that bore a worker, some ended that bore none
 
     async def adapt(self) -> None:
         """Called every `ADAPT_S` seconds."""
@@ -167,10 +168,11 @@ class JobKeeper(Adaptive):
         try:
             await self.drop_lost()
             await super().adapt()
-            self._refused = 0
+            if not self._barren:  # what is accepted may still end at once
+                self._refused = 0
         except Exception as error:
             self._refused += 1
-            rest = min(600.0, REST_S * 2 ** (self._refused - 1))
+            rest = min(600.0, REST_S * 2 ** min(self._refused - 1, 10))  # weeks of refusals fit no number
             self._rest_until = time.monotonic() + rest
             _log.warning("%s; again in %.0f s", _plain(error), rest)
 
@@ -182,7 +184,9 @@ class JobKeeper(Adaptive):
         ClusterError
             Jobs ended before their first worker came: there is no hurry to submit more like them.
         """
-        here = {job_of_worker(worker) for worker in self.cluster.scheduler.workers.values()}
+        here = {job_of_worker(worker) for worker in self.cluster.scheduler.workers.values()} & set(self.cluster.workers)
+        if here - self._fruitful:
+            self._barren = False
         self._fruitful = (self._fruitful | here) & set(self.cluster.workers)
         absent = {name: job for name, job in self.cluster.workers.items() if name not in here}
         ids = [str(job.job_id) for job in absent.values() if job.job_id]
@@ -203,6 +207,7 @@ class JobKeeper(Adaptive):
             job.status = Status.closed
         fruitless = [str(job.job_id) for name, job in lost.items() if job.job_id and name not in self._fruitful]
         if fruitless:
+            self._barren = True
             raise ClusterError(
                 f"jobs ended before a worker of theirs came: {', '.join(fruitless[:5])}; see what they printed"
             )
@@ -210,6 +215,11 @@ class JobKeeper(Adaptive):
     async def scale_up(self, n: int) -> None:
         """Submit what is missing of the jobs of so many workers."""
         await self.cluster.submit_up_to(math.ceil(n / self.processes))
+
+    async def scale_down(self, workers: Iterable[Any]) -> None:
+        """End jobs all of whose workers are idle: to save a job's last minutes no image is begun again elsewhere."""
+        busy = {job_of_worker(worker) for worker in self.cluster.scheduler.workers.values() if worker.processing}
+        await super().scale_down([name for name in workers if _job_of(name) not in busy])
 
     async def target(self) -> int:
         """How many workers there is work for: as many as may be, while there are more tasks than workers."""
@@ -221,7 +231,11 @@ class JobKeeper(Adaptive):
 
 def job_of_worker(worker: Any) -> str:
     """Name of the job that a worker (of the scheduler's records) belongs to."""
-    return re.sub(r"^(batchproc-\d+)-\d+$", r"\1", str(worker.name))
+    return _job_of(worker.name)
+
+
+def _job_of(name: Any) -> str:
+    return re.sub(r"^(batchproc-\d+)-\d+$", r"\1", str(name))
 
 
 async def _ask(command: str) -> tuple[str, str]:

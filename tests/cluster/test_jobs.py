@@ -115,6 +115,56 @@ def test_jobs_come_and_go_with_the_work(queue):
         assert working() == 1
 
 
+@pytest.mark.parametrize("queue", ["pbs"], indirect=True)
+def test_a_job_with_one_busy_worker_stays(queue):
+    """With fewer tasks than workers nothing that is under way is cut off to save a job; idle jobs go."""
+    path = queue.parent / "site.toml"
+    path.write_text(SITE.format(system="pbs", cores=2) + "min_jobs = 0\nmax_jobs = 2\n")
+    begun = queue.parent / "begun"
+
+    def deleted() -> bool:
+        return "qdel" in (queue / "asked").read_text()
+
+    with open_executor(Where(str(path)), folder=queue.parent / "log") as executor:
+        client = executor.client
+        many = [client.submit(time.sleep, 0.3, pure=False) for _ in range(40)]
+        while len(client.nthreads()) < 4:
+            time.sleep(0.1)
+        workers = client.scheduler_info(n_workers=-1)["workers"]
+        one_of_each = {worker["name"].rpartition("-")[0]: address for address, worker in workers.items()}
+        long = [client.submit(_long, begun, workers=[a], pure=False, priority=9) for a in one_of_each.values()]
+        client.gather(many)
+        del many[:]
+        client.gather(long)
+        assert len(begun.read_text()) == 2
+        assert not deleted()
+        del long[:]
+        end = time.monotonic() + 30
+        while not deleted():
+            assert time.monotonic() < end
+            time.sleep(0.2)
+
+
+def _long(begun: Path) -> None:
+    with begun.open("a") as file:
+        file.write(".")
+    time.sleep(12)
+
+
+@pytest.mark.parametrize("queue", ["pbs"], indirect=True)
+def test_jobs_that_all_end_at_once_are_submitted_ever_more_slowly(queue, monkeypatch):
+    """A wrong prologue: the wait doubles, also though every submission is accepted."""
+    path = queue.parent / "site.toml"
+    path.write_text(path.read_text() + 'prologue = ["exit 1"]\n')
+    rests = []
+    monkeypatch.setattr(jobs._log, "warning", lambda text, why, rest: rests.append(rest))
+    with open_executor(profile(queue), folder=queue.parent / "log") as executor:
+        executor.submit(os.getpgid, 0)
+        while len(rests) < 4:
+            executor.wait(0.2)
+    assert rests == [0.5, 1.0, 2.0, 4.0]
+
+
 def test_a_scheduler_of_somebody_else_lets_in_who_has_the_key(tmp_path):
     """By a profile that names the certificates; without them it says what is missing."""
     from distributed import LocalCluster
