@@ -11,6 +11,7 @@ import math
 import time
 import traceback
 import uuid
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -37,6 +38,7 @@ _LOOK_S = 2.0  # how often the driver looks around while nothing finishes
 _ABSENT_S, _AGAIN_S = 60.0, 600.0  # without workers: when it is said, and said again
 _SAVE_S = 5.0
 _FINAL = ("done", "failed", "bug")
+_REDONE = 2  # times that an image is done again whose files turn out damaged
 
 _NOBODY = NullEvents()
 
@@ -146,7 +148,7 @@ class _Campaign:
         self.pace = Pace()
         self.under_way: dict[Hashable, Trial] = {}
         self.packing = Packing(folder, job, executor, events, tell)
-        self.redone: set[str] = set()
+        self.redone: Counter[str] = Counter()
         self.workers = 0
         self.told_absent = -math.inf
 
@@ -155,6 +157,7 @@ class _Campaign:
         self.packing.submit_full()
         while True:
             self.submit()
+            self.packing.submit_due(time.monotonic())
             if self.attempts.finished:
                 if self.packing.idle:
                     self.packing.submit_rest()
@@ -163,7 +166,7 @@ class _Campaign:
             ended: list[Receipt] = []
             for ticket, outcome in self.executor.wait(self.patience()):
                 if ticket in self.packing:
-                    self.redo(self.packing.receive(ticket, outcome))
+                    ended += self.redo(self.packing.receive(ticket, outcome, time.monotonic()))
                 else:
                     ended += self.receive(ticket, outcome)
             if ended:
@@ -239,10 +242,16 @@ class _Campaign:
                 return None
         return receipt
 
-    def redo(self, entries: Iterable[ManifestEntry]) -> None:
-        """Do images again that turned out damaged."""
+    def redo(self, entries: Iterable[ManifestEntry]) -> Iterator[Receipt]:
+        """Do images again that turned out damaged, but not for ever; yields the last word on those that always do."""
         for entry in entries:
-            self.redone.add(entry.image_id)
+            self.redone[entry.image_id] += 1
+            if self.redone[entry.image_id] > _REDONE:
+                why = f"{entry.new}: its results were found damaged each time: look after disk and memory of the nodes"
+                receipt = _receipt(entry, "failed", "StorageError", f"{why}, then `batchproc retry RUN`")
+                self.note(receipt)
+                yield receipt
+                continue
             self.left += 1
             self.attempts.again(entry)
 

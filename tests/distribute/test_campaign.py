@@ -360,6 +360,47 @@ def test_a_roll_up_whose_worker_dies_is_tried_again(begun, monkeypatch):
 
     cluster = Deadly(lambda items: items[0])
     monkeypatch.setattr("batchproc.distribute.packing.plan_roll_ups", lambda folder: [RollUp(("a",))])
-    with pytest.raises(WorkerDiedError):
+    with pytest.raises(ClusterError, match="tried 6 times: died; nothing is lost"):
         list(process_images(begun, [], cluster, process=None))
     assert cluster.most == 6
+
+
+def test_a_file_server_that_is_away_for_a_minute_stops_no_roll_up(tmp_path, monkeypatch):
+    """It is tried again later and later, while images go on."""
+    monkeypatch.setattr("batchproc.distribute.packing.PACK_IMAGES", 2)
+    folder = _runs.begin(tmp_path / "run", "a1", "b1", "c1", "d1")
+    now, trials = [0.0], []
+
+    class Later(SerialExecutor):
+        def wait(self, timeout=None):
+            now[0] += 1.0 if self._waiting else timeout
+            return super().wait(0.0)
+
+    def away(*arguments):
+        trials.append(now[0])
+        if now[0] < 60:
+            raise OSError(errno.ESTALE, "stale file handle")
+        return roll_up(*arguments)
+
+    monkeypatch.setattr("batchproc.io.packs.roll_up", away)
+    monkeypatch.setattr(campaign, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    words = list(process_images(folder, folder.entries(), Later(), process=_runs.process))
+    assert [word.status for word in words] == ["done"] * 4
+    assert len(list(folder.done.iterdir())) <= 2
+    assert 8 <= len(trials) <= 10
+
+
+def test_an_image_that_is_always_found_damaged_is_given_up(tmp_path, monkeypatch):
+    """A disk that loses what it is given keeps nobody busy for ever."""
+    monkeypatch.setattr("batchproc.distribute.packing.PACK_IMAGES", 2)
+    folder = _runs.begin(tmp_path / "run", "a1", "b1")
+
+    def damaging(folder, number, image_ids, packs=()):
+        for image_id in image_ids:
+            folder.catalogue_part(image_id).write_bytes(b"ruin")
+        return roll_up(folder, number, image_ids, packs)
+
+    monkeypatch.setattr("batchproc.io.packs.roll_up", damaging)
+    words = list(process_images(folder, folder.entries(), SerialExecutor(), process=_runs.process))
+    assert [word.status for word in words] == ["done"] * 2 + ["failed"] * 2
+    assert finished_images(folder) == {"a1": "failed", "b1": "failed"}
