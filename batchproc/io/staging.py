@@ -29,14 +29,20 @@ _FILES = [f.name for f in fields(ManifestEntry) if f.name in ("new", "ref") or f
 def staged(entry: ManifestEntry) -> Iterator[ManifestEntry]:
     """An entry whose files are copies; the entry itself where no copies are asked for.
 
-    A file that cannot be copied (missing, broken, no room on the disk) is named where it is, so that reading finds out
-    and tells. What is said of a copy in an `ExposureError` is said of the file that the manifest names.
+    A file that cannot be copied (missing, broken, no room on the disk, or no such disk) is named where it is, so that
+    reading finds out and tells. What is said of a copy in an `ExposureError` is said of the file that the manifest
+    names.
     """
     scratch = os.environ.get("BATCHPROC_SCRATCH")
     if not scratch or os.environ.get("BATCHPROC_STAGE") != "1":
         yield entry
         return
-    with tempfile.TemporaryDirectory(prefix="image-", dir=scratch, ignore_cleanup_errors=True) as folder:
+    try:
+        place = tempfile.TemporaryDirectory(prefix="image-", dir=scratch, ignore_cleanup_errors=True)
+    except OSError:  # a node's disk that is full or gone is no fault of its images
+        yield entry
+        return
+    with place as folder:
         copies = _Copies(Path(folder))
         try:
             yield replace(entry, **{name: copies.of(getattr(entry, name)) for name in _FILES})
@@ -59,8 +65,8 @@ class _Copies:
             return tuple(self.of(item) for item in value)
         if value is None:
             return None
-        path, _ = split_hdu(value)
-        return value.replace(str(path), str(self._copy(path)), 1)
+        path, hdu = split_hdu(value)
+        return f"{self._copy(path)}{value[value.rindex('[') :] if hdu is not None else ''}"
 
     def named(self, said: Any) -> Any:
         """A text in which the files have their own names again."""

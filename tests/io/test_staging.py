@@ -74,6 +74,27 @@ def test_a_file_that_cannot_be_copied_is_named_where_it_is(entry, scratch, tmp_p
         assert path_of(local.ref[0]).is_relative_to(scratch)
 
 
+@pytest.mark.parametrize("written", ["./{}", "night//{}[1]", "{}[SCI,2]", "night/../{}"])
+def test_paths_are_copied_however_they_are_written(tmp_path, scratch, monkeypatch, written):
+    """Relative, or with what a shell would leave out; what stands in brackets stays."""
+    (tmp_path / "night").mkdir()
+    for path in ("a.fits", "night/a.fits"):
+        (tmp_path / path).write_text("pixels")
+    monkeypatch.chdir(tmp_path)
+    spec = written.format("a.fits")
+    with staged(ManifestEntry("a", spec, (spec,))) as local:
+        assert path_of(local.new).is_relative_to(scratch)
+        assert path_of(local.new).read_text() == "pixels"
+        assert local.new.partition("[")[2] == spec.partition("[")[2]
+
+
+def test_a_node_without_its_disk_is_no_matter(entry, scratch):
+    """Cleaned away, or so full that it takes no folder: files are read where they are."""
+    scratch.rmdir()
+    with staged(entry) as local:
+        assert local is entry
+
+
 def test_a_full_disk_of_the_node_is_no_matter(entry, scratch, monkeypatch):
     """Files are then read where they are."""
 
