@@ -128,6 +128,8 @@ class Where:
         site = self.site()
         if site is not None and site.system != "address":
             check_installed(site)
+        elif self.min_jobs is not None or self.max_jobs is not None:
+            raise UsageError(f"--min-jobs and --max-jobs are for jobs of a batch system, and {self.cluster} has none")
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Site profiles: one TOML file says how jobs are asked for on one cluster.
 
 The keys are the fields below, and what is said of them here is what ``cluster/README.md`` says. Nothing here knows
-Dask: `batchproc.distribute.queues` makes jobs of a profile.
+Dask: `batchproc.distribute.jobs` makes jobs of a profile.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ class DriverJob:
 
     def __post_init__(self) -> None:
         _seconds(self.walltime, "driver.walltime")
-        _bytes(self.memory, "driver.memory")
+        _require(
+            self.memory_bytes >= LEAST_MEMORY,
+            f"driver.memory = {self.memory!r}: must be at least {LEAST_MEMORY / 1e6:.0f} MB",
+        )
         _require(self.cores >= 1, f"driver.cores = {self.cores}: must be at least 1")
 
     @property
@@ -122,7 +125,7 @@ class Site:
     prologue: tuple[str, ...] = ()
     """Lines of shell before Python starts: ``["module load python", "source /sw/env/bin/activate"]``."""
     python: str = ""
-    """The Python that runs the jobs; by default the one that submits them."""
+    """The Python that runs the jobs, by its path in full or a name; by default the one that submits them."""
     interface: str = ""
     """Network interface of scheduler and workers: ``"ib0"``, ``"hsn0"``."""
     scratch: str = ""
@@ -160,6 +163,10 @@ class Site:
             f"margin = {self.margin}: must be shorter than the walltime, {self.walltime}",
         )
         _require(not self.qos or self.system == "slurm", f"qos: {self.system} has none; say it in directives")
+        _require(
+            "/" not in self.python or self.python.startswith("/"),
+            f"python = {self.python!r}: must be a path in full, or a name: jobs begin elsewhere",
+        )
         _require(not self.stage or bool(self.scratch), "stage = true: needs scratch, where to copy to")
         _require(
             all(isinstance(n, (int, float)) and not isinstance(n, bool) and n > 0 for n in self.resources.values()),
@@ -254,7 +261,7 @@ def _seconds(text: str, key: str) -> int:
 
 
 def _bytes(text: str, key: str) -> int:
-    match = re.fullmatch(r"([\d.]+)\s*([kmgt]i?)?b", text.strip().lower())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b", text.strip().lower())
     _require(match is not None, f'{key} = {text!r}: must be a size with its unit: "64GB", "60GiB"')
     number, unit = match.groups()  # type: ignore[union-attr]
     return int(float(number) * _UNITS[unit or ""])

@@ -36,6 +36,10 @@ def test_every_profile_of_ours_is_valid(path):
         ({"walltime": "2h"}, '"12:00:00"'),
         ({"walltime": "00:00:00"}, "must be longer"),
         ({"memory": "8"}, "a size with its unit"),
+        ({"memory": "1.2.3GB"}, "a size with its unit"),
+        ({"driver": {"memory": "0GB"}}, "driver.memory = '0GB': must be at least 400 MB"),
+        ({"python": "~/env/bin/python"}, "must be a path in full"),
+        ({"python": "env/bin/python"}, "must be a path in full"),
         ({"memory": "1GB"}, "leaves 198 MB to each of 4 workers"),
         ({"min_jobs": 3, "max_jobs": 2}, "min_jobs = 3"),
         ({"margin": 7200}, "shorter than the walltime"),
@@ -78,6 +82,9 @@ def test_an_unknown_word_is_refused_with_what_is_there():
     """Before anything is connected to or started."""
     with pytest.raises(UsageError, match=r"did you mean slurm\?"):
         Where("slrum").check()
+    for word in ("local", "serial", "tcp://10.0.0.1:8786"):
+        with pytest.raises(UsageError, match=f"are for jobs of a batch system, and {word} has none"):
+            Where(word, max_jobs=3).check()
     with pytest.raises(UsageError, match="expected local, serial"):
         Where("nonsense").check()
     with pytest.raises(ConfigError, match=r"nowhere\.toml: cannot be read"):
