@@ -25,7 +25,7 @@ from batchproc.distribute.batch import SYSTEMS, check_installed, driver_script, 
 from batchproc.distribute.batch import submit as hand_in
 from batchproc.distribute.clusters import DASK
 from batchproc.distribute.sites import find_site, load_site
-from batchproc.errors import BatchprocError, UsageError
+from batchproc.errors import BatchprocError, ClusterError, UsageError
 from batchproc.io.atomic import write_text
 
 __all__ = ["Submission", "drive", "prepare", "submit"]
@@ -33,6 +33,7 @@ __all__ = ["Submission", "drive", "prepare", "submit"]
 IDLE_ROUNDS = 3  # jobs in a row that got nothing done
 _MARGIN_S = 120.0  # of the walltime, for the driver to end what it has begun
 _POLL_S = 0.2
+_PAUSES_S = (5.0, 10.0, 20.0)  # until a batch system is asked again that did not take the next job
 #: Exit codes of a run after which there is no point in another job: all done; usage; a bug or a fault.
 _FINAL = (0, 2, 3)
 
@@ -152,7 +153,7 @@ def drive(run: Path) -> int:
         _say(f"no image was tried in {idle} jobs: not handed in again; their output is in {run}/log/jobs")
         return code or 1
     try:
-        handed = replace(submission, tried=tried, idle=idle).hand_in()
+        handed = _hand_in_again(replace(submission, tried=tried, idle=idle))
     except BatchprocError as error:
         _say(f"{error}; `batchproc submit` goes on")
         return code or 1
@@ -186,6 +187,23 @@ def _work(submission: Submission) -> tuple[int, bool]:
     code = driver.returncode if driver.returncode >= 0 else 128 - driver.returncode  # as a shell says it
     # Signal USR1 is for sites that announce the end of a job that way: it means the walltime, not a wish.
     return code, any(number != signal.SIGUSR1 for number in asked)
+
+
+def _hand_in_again(submission: Submission) -> Submission:
+    """A batch system that is busy for a moment must not end a run of weeks: while there is time it is asked again.
+
+    Where it had taken the job all the same, the second one finds that the run has a driver, and ends.
+    """
+    end = float(os.environ.get("BATCHPROC_END_AT", "inf"))
+    for pause in _PAUSES_S:
+        try:
+            return submission.hand_in()
+        except ClusterError as error:
+            if time.time() + pause > end - _PAUSES_S[0]:
+                break
+            _say(f"{error}; again in {pause:g} s")
+            time.sleep(pause)
+    return submission.hand_in()
 
 
 def _record(run: Path) -> Path:

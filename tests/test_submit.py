@@ -111,9 +111,26 @@ def test_a_batch_system_that_refuses_the_next_job_is_told_of(begun, handed, monk
     def refuse(site, script):
         raise ClusterError("the job was not accepted: maintenance")
 
+    monkeypatch.setattr(submit, "_PAUSES_S", (0.01,))
     monkeypatch.setattr(submit, "hand_in", refuse)
     assert drive(begun("raise SystemExit(143)")) == 143
     assert "maintenance; `batchproc submit` goes on" in capsys.readouterr().err
+
+
+def test_a_batch_system_that_is_busy_for_a_moment_is_asked_again(begun, handed, monkeypatch, capsys):
+    """One time-out of it does not end a run of weeks."""
+    accept, answers = submit.hand_in, iter([ClusterError("Socket timed out on send/recv operation")])
+
+    def busy(site, script):
+        for error in answers:
+            raise error
+        return accept(site, script)
+
+    monkeypatch.setattr(submit, "_PAUSES_S", (0.01, 0.02))
+    monkeypatch.setattr(submit, "hand_in", busy)
+    assert drive(begun("raise SystemExit(143)")) == 0
+    assert handed == ["the script"]
+    assert "Socket timed out on send/recv operation; again in 0.01 s" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("number", "again"), [(signal.SIGTERM, False), (signal.SIGUSR1, True)])
