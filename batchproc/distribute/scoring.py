@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ _CANDIDATES = 4096  # a chunk: some seconds of a small network
 _IMAGES, _MANY = 100, 2000  # images that a chunk has at least, in runs of so many: each chunk leaves a file
 
 _TRIALS = 6  # of a chunk
+_BACKOFF_S = 10.0  # before the second one where an error may heal, twice as long before each more
 
 #: Settings' word for a device → the Dask resource that workers offer which have it.
 _RESOURCES = {"gpu": "GPU", "edgetpu": "EDGETPU"}
@@ -66,13 +68,17 @@ def classify_chunks(
     work = partial(classify_chunk, Job.of(folder, threads, executor), model)
     for trial in range(_TRIALS):
         again: list[Chunk] = []
+        rest = False
         for chunk, outcome in sliding(executor, work, chunks, resources=resources):
             if outcome.error is None:
                 yield chunk
             elif trial < _TRIALS - 1 and (isinstance(outcome.error, WorkerDiedError) or is_transient(outcome.error)):
                 again.append(chunk)
+                rest |= not isinstance(outcome.error, WorkerDiedError)
             else:
                 raise outcome.error
+        if rest:
+            time.sleep(_BACKOFF_S * 2**trial)
         chunks = again
 
 

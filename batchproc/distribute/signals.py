@@ -18,19 +18,26 @@ TERMINATED = 128 + signal.SIGTERM
 def leaving_in_order() -> Iterator[None]:
     """Let SIGTERM unwind the block, as `SystemExit` with the code `TERMINATED`, instead of ending the process in it.
 
-    Nothing is begun any more, workers are let go, and what is done is on the disk. In another thread than the main one
-    nothing changes.
+    Nothing is begun any more, workers are let go, and what is done is on the disk. So it is with SIGHUP, of a terminal
+    that is closed, unless it is ignored (``nohup``). In another thread than the main one nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def leave(*_: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is on its way
-        raise SystemExit(TERMINATED)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] != signal.SIG_DFL:
+        del before[signal.SIGHUP]
 
-    before = signal.signal(signal.SIGTERM, leave)
+    def leave(number: int, frame: Any) -> None:
+        for mine in before:
+            signal.signal(mine, signal.SIG_IGN)  # it is on its way
+        raise SystemExit(128 + number)
+
+    for number in before:
+        signal.signal(number, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

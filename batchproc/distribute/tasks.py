@@ -35,7 +35,6 @@ from batchproc.io.run_folder import RunFolder
 from batchproc.records import ManifestEntry, Receipt
 
 if TYPE_CHECKING:
-    from batchproc.io.index import Place
     from batchproc.io.packs import Packed, RollUp
 
 __all__ = [

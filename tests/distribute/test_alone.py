@@ -13,13 +13,16 @@ from types import SimpleNamespace
 
 import pytest
 
+from batchproc.distribute import scoring
 from batchproc.distribute.alone import run_alone
-from batchproc.distribute.executors import SerialExecutor
+from batchproc.distribute.executors import SerialExecutor, WorkerDiedError
 from batchproc.distribute.scoring import needed_resources
 from batchproc.distribute.signals import TERMINATED, leaving_in_order
+from batchproc.distribute.tasks import Chunk
 from batchproc.distribute.transient import is_transient
 from batchproc.distribute.watchdog import read_note, time_limit_here
 from batchproc.errors import CrashError, MemoryLimitError, ReadError, StorageError, TimeLimitError, UsageError
+from tests import _runs
 
 
 def add(a, b):
@@ -155,21 +158,49 @@ def test_a_device_is_a_resource_of_the_workers():
     assert needed_resources("gpu", SerialExecutor()) is None
 
 
-def test_a_driver_that_is_asked_to_end_leaves_in_order():
-    """SIGTERM unwinds the block with the code that says so; what was set before is set again."""
-    before = signal.getsignal(signal.SIGTERM)
+def test_scoring_waits_for_a_file_server_to_come_back(tmp_path, monkeypatch):
+    """Later and later; a chunk whose worker died is tried again at once."""
+    errors = iter([WorkerDiedError("died"), *[OSError(errno.ESTALE, "stale file handle")] * 2])
+    rests = []
+
+    def classify(job, model, chunk):
+        for error in errors:
+            raise error
+
+    monkeypatch.setattr(scoring, "classify_chunk", classify)
+    monkeypatch.setattr(scoring, "time", SimpleNamespace(sleep=rests.append))
+    folder, model = _runs.begin(tmp_path / "run", "a"), SimpleNamespace(name="stub")
+    assert list(scoring.classify_chunks(folder, [Chunk(())], SerialExecutor(), model=model)) == [Chunk(())]
+    assert rests == [20.0, 40.0]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, TERMINATED), (signal.SIGHUP, 129)])
+def test_a_driver_that_is_asked_to_end_leaves_in_order(number, code):
+    """The signal unwinds the block with the code that says so; what was set before is set again."""
+    before = signal.getsignal(number)
     unwound = []
 
     def work():
         with leaving_in_order():
             try:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
                 time.sleep(10)
             finally:
                 unwound.append(True)
 
     with pytest.raises(SystemExit) as caught:
         work()
-    assert caught.value.code == TERMINATED == 143
+    assert caught.value.code == code
+    assert TERMINATED == 143
     assert unwound
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
+
+
+def test_who_ignores_the_end_of_a_terminal_goes_on_ignoring_it():
+    """As with ``nohup``."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with leaving_in_order():
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
