@@ -18,7 +18,7 @@ from typing import Any
 from batchproc.config import Config
 from batchproc.display import say, show
 from batchproc.distribute.campaign import process_images
-from batchproc.distribute.clusters import Where, local_workers, open_executor, watching
+from batchproc.distribute.clusters import Where, expected_workers, open_executor, watching
 from batchproc.distribute.executors import Executor, WorkerDiedError
 from batchproc.distribute.plan import Plan, choose_spread, evenly, images_at_once, largest_need, plan_run
 from batchproc.distribute.prediction import fit, tile_bytes
@@ -376,7 +376,7 @@ class _Job:
         need = largest_need(todo)
         self.pixels = need.pixels
         large = None
-        workers = local_workers(self.where.workers, threads)
+        workers = expected_workers(self.where, threads)
         if self.spread(todo, workers) == "tiles":
             tasks, large = workers, images_at_once(len(todo), workers)
         tiles = tile_bytes(self.settings.subtract.tile, tiles_under_way(workers)) if large else 0

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from astropy.io import fits
 
+from batchproc import job
 from batchproc.cli.texts import tell_plan
 from batchproc.distribute import plan as module
 from batchproc.distribute.clusters import Where
@@ -100,6 +101,19 @@ def test_files_are_counted_as_they_will_be_after_packing(images: int) -> None:
     packs = -(-(images - alone) // 500)
     assert module._files_out(images, scored=False) == module._RUN_FILES + 5 * (packs + alone)
     assert module._files_out(0, scored=True) == 0
+
+
+def test_a_run_is_held_against_the_memory_that_its_plan_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A serial run spreads no tiles, however many cores there are."""
+    monkeypatch.setattr("distributed.system.MEMORY_LIMIT", 22 * 10**8)
+    monkeypatch.setattr("dask.system.CPU_COUNT", 16)
+    need = Prediction("i", 17 * 10**8, (4096, 4096), ((4096, 4096),), 1)
+    monkeypatch.setattr(job, "largest_need", lambda entries: need)
+    replace(PLAN, missing=1, need=need).fit(Where("serial")).check()
+    work = job._Job(
+        RunFolder(tmp_path), _runs.CONFIG, job.Steps(), Where("serial"), report=False, max_bugs=0, quiet=True
+    )
+    work.place(_runs.entries("i"), [])
 
 
 def test_memory_is_held_against_what_a_worker_has(monkeypatch: pytest.MonkeyPatch) -> None:
