@@ -84,14 +84,15 @@ def unknown_unit(info: ImageInfo) -> ReadError:
     unit, profile = info.calibration.unit, info.profile.name
     rule = info.profile.unit.electrons.get("".join(unit.split()).lower(), "")
     found = f"pixels in {unit!r}" + (" and no exposure time" if "exptime" in rule else "")
+    expected = f"a unit that the profile {profile} can turn into electrons"
     return ReadError(
-        f"{info.path}[{info.hdu.index}]: {found}; expected a unit that the profile {profile} can turn into electrons. "
+        f"{info.path}[{info.hdu.index}]: {found}; expected {expected}. "
         f"Give the gain (electrons per unit of the file) in the manifest's column gain, or a variance plane, or the "
         f"unit in [unit.electrons] of a profile of your own.",
         path=info.path,
         hdu=info.hdu.index,
         found=found,
-        expected="a known unit",
+        expected=expected,
         profile=profile,
     )
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import pyarrow.parquet as pq
 
 from tests.benchmarks import _bare, _left_behind, _overhead
 from tests.benchmarks._fresh import run_fresh
@@ -57,6 +60,26 @@ def two_workers(arguments: argparse.Namespace) -> None:
     print(f"storing over the work: {found.storing():.2%}")
 
 
+def quadrants(arguments: argparse.Namespace) -> None:
+    """What images as large as ZTF's take in a run with scores on one worker: CPU, memory, bytes in and out."""
+    from batchproc import job
+    from tests.benchmarks._quadrant import quadrant
+
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as out:
+        one = quadrant(Path(out))
+        entries = [replace(one, image_id=f"quadrant{n}") for n in range(arguments.images)]
+        read = sum(Path(name).stat().st_size for name in (one.new, *one.ref, one.new_mask))
+        status = job.run(entries, Path(out) / "run", workers=1, report=False, quiet=True).status
+        receipts = pq.read_table(Path(out) / "run" / "receipts.parquet", columns=["peak_memory_mb"])
+        left = _left_behind.count(Path(out) / "run")
+    n, cpu = status.n_candidates, 3600 * status.cpu_hours / status.done
+    peak = max(receipts["peak_memory_mb"].to_pylist())
+    print(f"{status.done} images: {cpu:.2f} CPU s an image, {n / status.done:.0f} candidates")
+    print(f"memory of the worker: {peak:.0f} MB; to read {read / 1e6:.1f} MB an image")
+    for kind in ("stamps", "catalogue", "scores"):
+        print(f"{kind}: {left.size[kind] / n / 1e3:.2f} kB a candidate")
+
+
 def _tell(found: _overhead.Overhead) -> None:
     print(f"{found.images} images in {found.tasks} tasks, {found.seconds:.0f} s")
     print(
@@ -92,6 +115,9 @@ def main(words: Sequence[str] | None = None) -> None:
     command.add_argument("--size", type=int, default=1024, help="pixels of a side")
     command.add_argument("--rounds", type=int, default=5)
     command.set_defaults(work=two_workers)
+    command = commands.add_parser("quadrants", help=quadrants.__doc__)
+    command.add_argument("--images", type=int, default=8)
+    command.set_defaults(work=quadrants)
     arguments = parser.parse_args(words)
     arguments.work(arguments)
 
