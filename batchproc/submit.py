@@ -114,7 +114,7 @@ def prepare(manifest: str | Path, out: str | Path, profile: str, options: Sequen
     path = str(find_site(profile).resolve())
     command = (python, "-m", "batchproc", "run", str(Path(manifest).resolve()), "--out", str(run), "--cluster", path)
     script = driver_script(site, name, run / "log", (python, "-m", "batchproc.submit", str(run)), Path.cwd())
-    workers = worker_script(site, _threads(options), run / "log", DASK)
+    workers = worker_script(site, _threads(run, options), run / "log", DASK)
     return Submission(str(run), path, name, (*command, *options), script, tried=_tried(run)), workers
 
 
@@ -229,12 +229,16 @@ def _status(run: Path) -> Any:
     return read_status(folder) if folder.record.is_file() else None
 
 
-def _threads(options: Sequence[str]) -> int:
-    """Of the settings of a run, as its command line has them."""
+def _threads(run: Path, options: Sequence[str]) -> int:
+    """Of the settings of a run, as its command line has them, or the run that is continued."""
     from batchproc.config import Config
+    from batchproc.io.run_folder import RunFolder
 
     options = list(options)
-    return Config.from_toml(options[options.index("--config") + 1]).threads if "--config" in options else 1
+    if "--config" in options:
+        return Config.from_toml(options[options.index("--config") + 1]).threads
+    folder = RunFolder(run)
+    return (folder.config() if folder.record.is_file() else Config()).threads
 
 
 def _say(message: str) -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +19,10 @@ pytest.importorskip("dask_jobqueue", reason="needs the extra 'hpc'")
 
 from batchproc import cli, submit
 from batchproc.errors import ClusterError, UsageError
+from batchproc.io.freeze import freeze
+from batchproc.io.run_folder import RunFolder
 from batchproc.submit import Submission, drive, prepare
+from tests import _runs
 
 SITE = 'system = "slurm"\ncores = 1\nmemory = "1GB"\nwalltime = "01:00:00"\n'
 ROOT = Path(__file__).parents[1]
@@ -173,6 +176,16 @@ def test_options_of_run_reach_the_run(profile, tmp_path):
     assert "--pilot" not in line
     assert done.output.count("#SBATCH -J") == 2
     assert not (tmp_path / "R").exists()
+
+
+def test_the_workers_script_is_that_of_the_run_that_goes_on(profile, tmp_path):
+    """Its settings count where none are given: here two threads a worker."""
+    profile.write_text(SITE.replace("cores = 1", "cores = 4").replace("1GB", "4GB"))
+    settings = replace(_runs.CONFIG, threads=2)
+    freeze(RunFolder(tmp_path / "RUN"), _runs.entries("a"), settings, lambda: "")
+    _, workers = prepare(tmp_path / "m.csv", tmp_path / "RUN", str(profile))
+    assert "OMP_NUM_THREADS=2" in workers
+    assert "--nworkers 2 " in workers
 
 
 @pytest.mark.parametrize(
