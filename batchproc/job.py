@@ -378,7 +378,9 @@ class _Job:
         large = None
         workers = expected_workers(self.where, threads)
         if self.spread(todo, workers) == "tiles":
-            tasks, large = workers, images_at_once(len(todo), workers)
+            large = images_at_once(len(todo), workers)
+            if self.where.cluster == "local":  # nobody pays for jobs that have no image
+                tasks = workers
         tiles = tile_bytes(self.settings.subtract.tile, tiles_under_way(workers)) if large else 0
         fit(need, self.where, images=tasks, threads=threads, large=large, tiles=tiles).check()
         return open_executor(self.where, threads, tasks, large, folder=self.folder.log)

@@ -116,6 +116,20 @@ def test_a_run_is_held_against_the_memory_that_its_plan_says(monkeypatch: pytest
     work.place(_runs.entries("i"), [])
 
 
+@pytest.mark.parametrize(("cluster", "tasks"), [("local", 8), ("site.toml", 5)])
+def test_jobs_are_asked_for_by_images(monkeypatch, tmp_path, cluster, tasks):
+    """Processes of this machine help with the tiles of few large images; no job is paid for that has no image."""
+    monkeypatch.chdir(tmp_path)
+    Path("site.toml").write_text('system = "slurm"\ncores = 4\nmemory = "64GB"\nwalltime = "01:00:00"\nmax_jobs = 9\n')
+    monkeypatch.setattr(job, "largest_need", lambda entries: Prediction("i", 10**9, (4096, 4096), ((4096, 4096),), 1))
+    monkeypatch.setattr("distributed.system.MEMORY_LIMIT", 64 * 10**9)
+    monkeypatch.setattr(Where, "check", lambda where: None)
+    monkeypatch.setattr(job, "open_executor", lambda where, threads, tasks, large, folder: tasks)
+    where = Where(cluster, 8 if cluster == "local" else None)
+    work = job._Job(RunFolder(tmp_path), _runs.CONFIG, job.Steps(), where, report=False, max_bugs=0, quiet=True)
+    assert work.place(_runs.entries(*"abcde"), []) == tasks
+
+
 def test_memory_is_held_against_what_a_worker_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers of one machine share its memory; the advice is what fits, and tiles under way count."""
     monkeypatch.setattr("distributed.system.MEMORY_LIMIT", 8 * 10**9)
