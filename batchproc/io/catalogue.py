@@ -57,7 +57,7 @@ SCHEMA = pa.schema(
     ]
 )
 
-#: How everything of ours is written: pages carry a checksum, which readers may hold against their bytes.
+#: How everything of ours is written: pages carry a checksum, which our readers hold against their bytes.
 PARQUET: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 
 #: One condition, ``("scorr", ">", 7)``; a list of them must all hold.
@@ -278,7 +278,7 @@ def _rows_of(folder: RunFolder, places: Sequence[Place], names: Sequence[str]) -
     """Rows of some images in one file, of which only the row groups are read that they are in."""
     first = min(place.row for place in places)
     last = max(place.row + place.n for place in places)
-    with pq.ParquetFile(places[0].catalogue(folder)) as file:
+    with pq.ParquetFile(places[0].catalogue(folder), page_checksum_verification=True) as file:
         about = file.metadata
         starts = np.cumsum([0, *(about.row_group(i).num_rows for i in range(about.num_row_groups))])
         groups = [i for i in range(about.num_row_groups) if starts[i] < last and starts[i + 1] > first]
@@ -326,7 +326,7 @@ def _filtered(folder: RunFolder, places: Sequence[Place], columns: Sequence[str]
     import pyarrow.dataset as ds
 
     def rows(paths: list[Path], condition: Any) -> pa.Table:
-        files = ds.dataset([str(path) for path in paths], schema=SCHEMA, format="parquet")
+        files = ds.dataset([str(path) for path in paths], schema=SCHEMA, format=_checked_parquet())
         return files.to_table(columns=list(columns), filter=condition)
 
     whole, parts = [], []
@@ -341,6 +341,14 @@ def _filtered(folder: RunFolder, places: Sequence[Place], columns: Sequence[str]
             here = pc.field("image_id").isin([place.image_id for place in some])
             parts.append(rows([path], here if condition is None else condition & here))
     return [*parts, rows(whole, condition)] if whole else parts
+
+
+def _checked_parquet() -> Any:
+    """The format of data sets whose pages are held against their checksums while they are read."""
+    import pyarrow.dataset as ds
+
+    how = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+    return ds.ParquetFileFormat(default_fragment_scan_options=how)
 
 
 def _n_rows(path: Path) -> int:
@@ -383,7 +391,7 @@ def _read_scores(folder: RunFolder, model: _Scores) -> pd.DataFrame:
 
     columns = ["candidate_id", *model.columns.values()]
     try:
-        frame = ds.dataset(model.parts, format="parquet").to_table(columns=columns).to_pandas()
+        frame = ds.dataset(model.parts, format=_checked_parquet()).to_table(columns=columns).to_pandas()
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk, not what is on it
             raise

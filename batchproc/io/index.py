@@ -353,7 +353,7 @@ def _read_loose(folder: RunFolder, columns: Sequence[str]) -> tuple[pa.Table, se
 def _read_pack(folder: RunFolder, name: str, columns: Sequence[str]) -> pa.Table:
     path = folder.pack_marker(name)
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read([column for column in columns if column != "pack"])
     except (pa.ArrowException, OSError) as error:
         if is_gone(error):

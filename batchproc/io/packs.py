@@ -253,7 +253,7 @@ def _sources_in(folder: RunFolder, packs: Collection[str]) -> Iterator[_Source]:
 
 
 def _images_in(folder: RunFolder, pack: str) -> list[str]:
-    with pq.ParquetFile(folder.pack_marker(pack)) as file:
+    with pq.ParquetFile(folder.pack_marker(pack), page_checksum_verification=True) as file:
         ids: list[str] = file.read(["image_id"])["image_id"].to_pylist()
     return ids
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -520,3 +521,49 @@ def test_forgetting_reads_the_marker_of_each_pack_a_few_times(tmp_path, monkeypa
         assert set(finished_images(folder)) == {*names[1::2]}
         reads[n] = len(seen)
     assert reads[12] == 3 * reads[4]
+
+
+def flipped(path: Path, column: str) -> Iterator[None]:
+    """At each turn another bit of a column of a Parquet file is another one."""
+    whole, group = path.read_bytes(), pq.read_metadata(path).row_group(0)
+    chunk = next(group.column(i) for i in range(group.num_columns) if group.column(i).path_in_schema == column)
+    end = chunk.data_page_offset + chunk.total_compressed_size
+    if chunk.dictionary_page_offset:
+        end = chunk.dictionary_page_offset + chunk.total_compressed_size
+    rng = np.random.default_rng(5)
+    for at in rng.integers(chunk.data_page_offset, end, 40):
+        content = bytearray(whole)
+        content[at] ^= 1 << rng.integers(8)
+        path.write_bytes(content)
+        yield
+    path.write_bytes(whole)
+
+
+def test_an_altered_place_is_never_believed(tmp_path):
+    """A reader would take the rows and stamps of one image for those of another."""
+    folder = begin(tmp_path / "run", {f"i{i:03}": 1 + i % 3 for i in range(40)})
+    pack = roll_up(folder, 1, folder.image_ids()).pack
+    expected = read_index(folder).places()
+    for column in ("image_id", "row", "chunk", "n_candidates"):
+        told = 0
+        for _ in flipped(folder.pack_marker(pack), column):
+            try:
+                assert read_index(folder).places() == expected  # a bit that says nothing
+            except DamagedRunError:
+                told += 1
+        assert told > 10
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_altered_value_is_never_believed(tmp_path, packed):
+    """Whichever way the rows are read."""
+    folder = begin(tmp_path / "run", {"a": 200})
+    path = folder.pack_catalogue(roll_up(folder, 1, ["a"]).pack) if packed else folder.catalogue_part("a")
+    expected, told = open_catalogue(folder.path)["flux"].to_numpy(), 0
+    for _ in flipped(path, "flux"):
+        for read in (open_catalogue, lambda run: read_rows(folder, read_index(folder).places())):
+            try:
+                np.testing.assert_array_equal(read(folder.path)["flux"].to_numpy(), expected)
+            except DamagedRunError:
+                told += 1
+    assert told > 20
