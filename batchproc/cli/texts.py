@@ -111,11 +111,9 @@ def _tasks(plan: Plan, workers: int) -> str:
             f"the tiles of each image ({plan.need.pixels / 1e6:.0f} Mpix) are spread over "
             f"{_counted(workers, 'worker')}, with {size(plan.tile_bytes(workers))} of them under way"
         )
-    if plan.tasks < plan.missing:
-        return (
-            f"{_counted(plan.tasks, 'task')}, of about {plan.missing / plan.tasks:.0f} images each; {workers} at a time"
-        )
-    return f"{_counted(plan.tasks, 'task')}, an image each; {min(workers, plan.missing)} at a time"
+    tasks = plan.tasks(workers)
+    each = "an image each" if tasks == plan.missing else f"of about {plan.missing / tasks:.0f} images each"
+    return f"{_counted(tasks, 'task')}, {each}; {min(workers, tasks)} at a time"
 
 
 def _memory(fit: Fit) -> str:

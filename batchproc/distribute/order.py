@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -9,14 +10,15 @@ from itertools import islice
 
 from batchproc.records import ManifestEntry
 
-__all__ = ["Pace", "longest_first"]
+__all__ = ["Pace", "images_a_task", "longest_first"]
 
 _LOOK_AHEAD = 500
 _DIFFER = 1.2  # a ratio of sizes below it makes no difference worth an order
 _THREADS = 8  # each waits for a file server
 
-_SHORT_S = 2.0  # an image that takes longer has a task to itself
-_TASK_S = 5.0  # of work in a task of several
+_TASK_S = 5.0  # of work in a task of several, where workers are few
+_TASKS_A_SECOND = 50.0  # that a driver is to have for all its workers: each costs it some milliseconds
+_LONGEST_S = 60.0  # what goes with a worker that is lost, and what a worker that leaves has to end, must not be more
 _MOST = 200  # images a task
 
 
@@ -38,7 +40,7 @@ def longest_first(entries: Iterable[ManifestEntry], look_ahead: int = _LOOK_AHEA
 
 
 class Pace:
-    """How many images make a task: one where an image takes seconds, several where it takes less.
+    """How many images make a task: one where an image takes seconds and the workers are few, else several.
 
     Measured as answers come in, the newer ones counting more.
     """
@@ -53,10 +55,19 @@ class Pace:
 
     def images(self, left: int, workers: int) -> int:
         """Images of the next task, where so many are left: never so many that some worker would have none."""
-        if self._seconds is None or self._seconds >= _SHORT_S:
+        if self._seconds is None:
             return 1
-        wanted = int(_TASK_S / max(self._seconds, _TASK_S / _MOST))
-        return max(1, min(wanted, -(-left // (2 * workers))))
+        return max(1, min(images_a_task(self._seconds, workers), -(-left // (2 * workers))))
+
+
+def images_a_task(seconds: float, workers: int) -> int:
+    """How many images of so many seconds make a task for one of so many workers.
+
+    A few seconds of work; more where there are so many workers that their driver would have too many tasks a second.
+    """
+    seconds = max(seconds, 1e-6)
+    wanted = max(int(_TASK_S / seconds), math.ceil(workers / (_TASKS_A_SECOND * seconds)))
+    return max(1, min(wanted, int(_LONGEST_S / seconds), _MOST))
 
 
 def _size(spec: str) -> int:

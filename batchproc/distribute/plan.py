@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from batchproc.config import Config
 from batchproc.distribute.clusters import Where, expected_workers
+from batchproc.distribute.order import images_a_task
 from batchproc.distribute.prediction import Fit, Prediction, fit, predict_image, tile_bytes
 from batchproc.distribute.tiles import tiles_under_way
 from batchproc.io.fitsfile import split_hdu
@@ -42,7 +43,6 @@ _PACK_LEAST = 20  # images that are rolled up into a pack of their own at the en
 _FILES = 5  # of a pack, and of an image that is in none: rows, marker, a folder of stamps with two files
 _SCORE_IMAGES = 50  # to a file of scores
 _RUN_FILES = 16  # of the run itself: manifest, settings, log, report, folders
-_SHORT_S, _TASK_S, _TASK_IMAGES = 2.0, 5.0, 200  # shorter images go several to a task, of so many seconds
 _WORTH_SPREADING = 2**24  # pixels of an image: a smaller one is subtracted in two seconds
 
 
@@ -108,12 +108,9 @@ class Plan:
         """Memory of all tiles of one image that are under way at a time, beyond the image's own."""
         return tile_bytes(self.tile, tiles_under_way(workers))
 
-    @property
-    def tasks(self) -> int:
-        """Tasks of images: one each, or several to a task where they are short."""
-        if not self.measured or self.seconds_per_image >= _SHORT_S:
-            return self.missing
-        return math.ceil(self.missing / min(_TASK_S / max(self.seconds_per_image, 1e-3), _TASK_IMAGES))
+    def tasks(self, workers: int) -> int:
+        """Tasks of images for so many workers: one each, or several to a task; see `images_a_task`."""
+        return math.ceil(self.missing / (images_a_task(self.seconds_per_image, workers) if self.measured else 1))
 
     def seconds(self, workers: int) -> float:
         """About how long the images to do take with so many workers; NaN where unknown."""

@@ -147,9 +147,9 @@ class _Counted:
             self.of_tasks += outcome.value.cpu_seconds
             return receive(this, ticket, replace(outcome, value=outcome.value.value))
 
-        def counting_packs(this: Any, ticket: Any, outcome: Any) -> Any:
+        def counting_packs(this: Any, ticket: Any, outcome: Any, *more: Any) -> Any:
             self.of_packs += outcome.value.cpu_seconds
-            return packed(this, ticket, replace(outcome, value=outcome.value.value))
+            return packed(this, ticket, replace(outcome, value=outcome.value.value), *more)
 
         campaign._Campaign.receive, packing.Packing.receive = counting, counting_packs
         campaign.process_trial, packing.pack_images = process_counted, pack_counted

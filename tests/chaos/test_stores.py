@@ -110,7 +110,7 @@ def test_damage_is_found_and_done_again(
     images, whole = few if kind == "loose" else (manifest, control)
     folder = RunFolder(shutil.copytree(whole, tmp_path / "run"))
     (place,) = find_places(folder, [read_manifest(images)[1].image_id])
-    assert (place.pack is None) == (kind == "loose")
+    assert (not place.pack) == (kind == "loose")
     before = command("verify", folder.path, "--json")
     assert before.returncode == 0, before.stdout + before.stderr
 

@@ -19,7 +19,7 @@ from batchproc.distribute import campaign
 from batchproc.distribute.attempts import Mishap
 from batchproc.distribute.campaign import process_images
 from batchproc.distribute.executors import Outcome, SerialExecutor, WorkerDiedError
-from batchproc.distribute.order import Pace, longest_first
+from batchproc.distribute.order import Pace, images_a_task, longest_first
 from batchproc.distribute.tasks import Answer, overdue_note, process_trial
 from batchproc.errors import ClusterError, StorageError
 from batchproc.io.packs import RollUp, roll_up
@@ -322,6 +322,23 @@ def test_short_images_go_together():
     quick = Pace()
     quick.add(1, 1e-6)
     assert quick.images(10**6, 2) == 200
+
+
+@given(st.floats(1e-6, 1e4), st.integers(1, 10**5))
+def test_a_task_is_long_enough_and_not_too_long(seconds, workers):
+    """A minute at most, if an image is not longer; two hundred images at most; never fewer for more workers."""
+    images = images_a_task(seconds, workers)
+    assert images == 1 or images * seconds <= 60 * (1 + 1e-9)
+    assert 1 <= images <= 200
+    assert images_a_task(seconds, workers + 50) >= images
+
+
+@given(st.floats(0.5, 30), st.integers(1, 3000))
+def test_a_driver_has_few_tasks_a_second_however_many_workers(seconds, workers):
+    """Fifty at most, as long as a minute of work is enough for that and a whole number of images fits into it."""
+    images = images_a_task(seconds, workers)
+    assert workers / (images * seconds) <= 50 * (1 + 1e-9) or (images + 1) * seconds > 60
+    assert images == 1 or images * seconds <= 5 or workers > 50 * seconds * (images - 1)
 
 
 def test_finished_images_are_rolled_up_on_the_way(tmp_path, monkeypatch):

@@ -91,7 +91,7 @@ def test_short_images_share_tasks(seconds: float, tasks: int) -> None:
     """About five seconds of work to a task, two hundred images at most."""
     measured = 0 if math.isnan(seconds) else 3
     plan = replace(PLAN, missing=100_000, measured=measured, seconds_per_image=seconds)
-    assert plan.tasks == tasks
+    assert plan.tasks(2) == tasks
 
 
 @pytest.mark.parametrize("images", [1, 19, 20, 519, 520, 100_000])
