@@ -192,6 +192,10 @@ def process_image(job: Job, process: Process, entry: ManifestEntry) -> Receipt:
             else:
                 result = process(local, config)
         receipt = replace(result.receipt, **_use(cpu))
+        if folder.identity() != job.identity:
+            raise StorageError(
+                f"{folder.path}: the run was changed while {entry.image_id} was worked on; it is dropped"
+            )
         found = result.catalogue, result.stamps, receipt
         return store_image(folder, entry, *found, config.image_digest, inputs=inputs, models=_models(job))
     except (WorkerDiedError, StorageError):  # no matter of this image: the campaign knows what to do

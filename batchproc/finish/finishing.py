@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from batchproc.distribute.clusters import Where, open_executor
+from batchproc.distribute.signals import leaving_in_order
 from batchproc.finish.focal import make_focal_planes, survey_focal_planes
 from batchproc.finish.hats import make_hats, survey_hats
 from batchproc.finish.sky import require_healpix
@@ -59,7 +60,7 @@ def finish(
         require_healpix()
     threads = folder.config().threads
     products = []
-    with folder.locked(), open_executor(where or Where(), threads) as executor:
+    with leaving_in_order(), folder.locked(), open_executor(where or Where(), threads) as executor:
         shop = Workshop(Contents.of(folder), executor, threads, quiet)
         for name in (name for name in PRODUCTS if name in only):
             start = time.monotonic()

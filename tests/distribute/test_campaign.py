@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -295,6 +296,24 @@ def test_what_a_done_image_reports_is_short(tmp_path):
     job = Job.of(folder, 1, SerialExecutor())
     answer = process_trial(job, _runs.process, Trial(tuple(_runs.entries("n1")), 1))
     assert len(pickle.dumps(answer)) < 800
+
+
+def test_a_task_that_outlives_its_run_stores_nothing(tmp_path):
+    """Its driver is dead, and another one has begun anew with other settings: what was made with the old is dropped."""
+    from batchproc.distribute.tasks import Job, process_image
+    from batchproc.io.freeze import freeze
+
+    folder = _runs.begin(tmp_path / "run", "n1")
+    job = Job.of(folder, 1, SerialExecutor())
+    other = replace(_runs.CONFIG, detect=replace(_runs.CONFIG.detect, threshold=7.0))
+
+    def slow(entry, config):
+        freeze(folder, _runs.entries("n1"), other, _runs.no_wisdom, redo=True)
+        return _runs.process(entry, config)
+
+    with pytest.raises(StorageError, match="the run was changed while n1"):
+        process_image(job, slow, *_runs.entries("n1"))
+    assert not folder.marker("n1").exists()
 
 
 def test_large_images_go_first(tmp_path):
