@@ -9,7 +9,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from batchproc.distribute.scoring import classify_chunks, plan_chunks
 from batchproc.distribute.signals import leaving_in_order
 from batchproc.distribute.tasks import Chunk
 from batchproc.distribute.tiles import tiles_under_way
-from batchproc.errors import ClusterError, ModelError, StorageError, UsageError
+from batchproc.errors import ClusterError, ConfigError, ModelError, StorageError, UsageError
 from batchproc.io.atomic import our_disk
 from batchproc.io.events import EventLog, NullEvents
 from batchproc.io.freeze import check, complete_change, drop_strange, freeze
@@ -496,4 +496,7 @@ def _settings(config: Config | str | Path | None, folder: RunFolder) -> Config:
         return config
     if config is not None:
         return Config.from_toml(config)
-    return folder.config() if folder.record.is_file() else Config()
+    if folder.record.is_file():
+        with suppress(ConfigError):  # lost or damaged: what the run has recorded tells whether these were its settings
+            return folder.config()
+    return Config()

@@ -21,7 +21,7 @@ import batchproc
 from batchproc import open_catalogue, open_stamps
 from batchproc.config import Config
 from batchproc.distribute.scoring import plan_chunks
-from batchproc.errors import ModelError, RunMismatchError
+from batchproc.errors import ConfigError, ModelError, RunMismatchError
 from batchproc.io.run_folder import RunFolder
 from batchproc.job import Steps, classify, plan, retry, run
 from tests import _runs
@@ -41,6 +41,21 @@ def contents(folder: Path) -> dict[str, bytes]:
     """Every file of the results, by its path."""
     parts = [path for name in ("catalogue", "stamps", "scores") for path in (folder / name).rglob("*")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in parts if path.is_file()}
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text("threads = [")])
+def test_lost_settings_are_written_anew_by_the_same_command(tmp_path, damage):
+    """Where they were the defaults none need be given; others must be, and the message names the file."""
+    for config in (Config(), _runs.CONFIG):
+        folder = RunFolder(tmp_path / config.digest)
+        run(_runs.entries("n3"), folder.path, config=config, report=False, **SERIAL)
+        damage(folder.config_file)
+        if config != Config():
+            with pytest.raises(ConfigError, match=r"config\.toml"):
+                run(_runs.entries("n3"), folder.path, report=False, **SERIAL)
+        given = None if config == Config() else config
+        assert run(_runs.entries("n3"), folder.path, config=given, report=False, **SERIAL).exit_code == 0
+        assert folder.config() == config
 
 
 def test_a_run_from_beginning_to_end(tmp_path):
