@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from batchproc.distribute.order import images_a_task
+
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 START, END = "<!-- reckoned: python -m tests.benchmarks.sizing --write -->", "<!-- end of what was reckoned -->"
 NODES = (10, 100, 1000)
@@ -21,13 +23,14 @@ NODES = (10, 100, 1000)
 class Measured:
     """What was measured on one core; each with the command that measures it (``python -m tests.benchmarks.…``)."""
 
-    cpu_s: float = 3.9  # campaign quadrants: an image with everything, scores too
+    cpu_s: float = 4.0  # campaign quadrants: an image with everything, scores too
     candidates: int = 147  # campaign quadrants
     worker_mb: int = 1055  # campaign quadrants
     read_mb: float = 12.1  # campaign quadrants: science image, mask, reference, all compressed
     kb_a_candidate: float = 15.6  # campaign quadrants: stamps, row, score
     start_s: float = 8.0  # campaign overhead: until a worker has imported everything
-    driver_ms: float = 1.0  # campaign overhead --unbatched: CPU of driver and scheduler a task
+    task_ms: float = 7.2  # campaign overhead --unbatched: CPU of driver and scheduler, a task of one image
+    image_ms: float = 0.35  # campaign inodes: the same, an image more in a task
     driver_mb: float = 260.0  # campaign overhead: without images
     driver_kb: float = 1.0  # campaign overhead: an image of the manifest
     resume_ms: float = 0.008  # storage: read_index, an image
@@ -68,12 +71,17 @@ class Campaign:
         return self.nodes * self.site.cores
 
     @property
+    def images_a_task(self) -> int:
+        """That go to a worker together."""
+        return images_a_task(self.measured.cpu_s, self.workers)
+
+    @property
     def rates(self) -> dict[str, float]:
         """Images a second that each part could take, if it were the only one."""
         m = self.measured
         return {
             "processors": self.workers / m.cpu_s,
-            "one driver": 1e3 / m.driver_ms,
+            "one driver": 1e3 / (m.task_ms / self.images_a_task + m.image_ms),
             "reading": 1e3 * self.site.disk_gb / m.read_mb,
             "creating files": self.site.creations / CREATED,
         }
@@ -152,6 +160,7 @@ def tables(measured: Measured, site: Site) -> str:
             f"{c.nodes:,}",
             f"{c.workers:,}",
             f"{c.rates['processors']:,.0f}",
+            str(c.images_a_task),
             f"{c.rates['processors'] / c.rates['one driver']:.0%}",
             str(c.drivers),
             f"{c.rates['processors'] * m.read_mb / 1e3:,.1f} GB",
@@ -166,6 +175,7 @@ def tables(measured: Measured, site: Site) -> str:
         "nodes",
         "workers",
         "images/s",
+        "images a task",
         "load of one driver",
         "drivers",
         "read/s",

@@ -159,7 +159,9 @@ def test_without_what_it_follows_from_there_is_no_depth(unknown):
 
 
 def test_the_report_shows_the_focal_planes_once_they_are_made(night):
-    """A picture with a row a CCD and a cross for the failed image; without the table there is no section."""
+    """A picture with a row a CCD and a cross for the failed image; without the table, or half of it, there is none."""
+    assert 'id="focal"' not in write_report(night.path).read_text()
+    (night.path / "focal_planes.parquet").write_bytes(b"PAR1 and no more")
     assert 'id="focal"' not in write_report(night.path).read_text()
     table_of(night)
     page = write_report(night.path).read_text()
