@@ -111,8 +111,8 @@ class Site:
     max_jobs: int = 1
     """Never more jobs than this. `--max-jobs` overrules it."""
     margin: int = 0
-    """Seconds before the walltime in which a worker begins nothing more; longer than an image takes. 0: a tenth of the
-    walltime, 10 minutes at most."""
+    """Seconds before the walltime in which a worker begins nothing more; longer than an image takes, and than a minute.
+    0: a tenth of the walltime, 10 minutes at most."""
     queue: str = ""
     """Queue or partition."""
     account: str = ""

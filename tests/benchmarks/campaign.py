@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +64,8 @@ def two_workers(arguments: argparse.Namespace) -> None:
 def quadrants(arguments: argparse.Namespace) -> None:
     """What images as large as ZTF's take in a run with scores on one worker: CPU, memory, bytes in and out."""
     from batchproc import job
+    from batchproc.io.run_folder import RunFolder
+    from batchproc.io.verify import check_run
     from tests.benchmarks._quadrant import quadrant
 
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as out:
@@ -72,10 +75,15 @@ def quadrants(arguments: argparse.Namespace) -> None:
         status = job.run(entries, Path(out) / "run", workers=1, report=False, quiet=True).status
         receipts = pq.read_table(Path(out) / "run" / "receipts.parquet", columns=["peak_memory_mb"])
         left = _left_behind.count(Path(out) / "run")
+        start = time.process_time()
+        wrong = [problem for image in check_run(RunFolder(Path(out) / "run")) for problem in image.problems]
+        verify = time.process_time() - start
+    assert not wrong, wrong
     n, cpu = status.n_candidates, 3600 * status.cpu_hours / status.done
     peak = max(receipts["peak_memory_mb"].to_pylist())
     print(f"{status.done} images: {cpu:.2f} CPU s an image, {n / status.done:.0f} candidates")
     print(f"memory of the worker: {peak:.0f} MB; to read {read / 1e6:.1f} MB an image")
+    print(f"verify: {1e3 * verify / status.done:.2f} CPU ms an image")
     for kind in ("stamps", "catalogue", "scores"):
         print(f"{kind}: {left.size[kind] / n / 1e3:.2f} kB a candidate")
 
