@@ -69,3 +69,11 @@ def test_every_verb_has_help_and_an_example():
         head, *rest = section.split("\n\n")
         assert rest[0][0].isupper(), head
         assert "$ batchproc" in section, head
+
+
+def test_the_sizes_of_the_page_on_scaling_are_reckoned():
+    """Its tables are what the command says of the numbers that stand in it."""
+    from tests.benchmarks import sizing
+
+    made = sizing.tables(sizing.Measured(), sizing.Site())
+    assert sizing.PAGE.read_text() == sizing.page_with(sizing.PAGE.read_text(), made)
