@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 import traceback
 import uuid
@@ -24,7 +25,7 @@ from batchproc.distribute.plan import images_at_once
 from batchproc.distribute.tasks import Answer, Job, Process, overdue_note, process_trial, under_way_file
 from batchproc.distribute.transient import is_transient
 from batchproc.distribute.watchdog import read_note
-from batchproc.errors import StorageError
+from batchproc.errors import ReadError, StorageError
 from batchproc.io.atomic import our_disk, write_text
 from batchproc.io.events import NullEvents
 from batchproc.io.progress import ReceiptLog
@@ -226,6 +227,9 @@ class _Campaign:
 
     def settle(self, entry: ManifestEntry, receipt: Receipt) -> Receipt | None:
         """Book what became of an image; the receipt where it is the last word on it."""
+        if _missed_a_file_that_is_here(receipt):
+            message = f"{receipt.message} It is there for the driver: the worker's node may lack that file system."
+            receipt = replace(receipt, status=Mishap.TRANSIENT, message=message)
         if receipt.status in _FINAL:
             self.attempts.end(entry.image_id)
         else:
@@ -293,6 +297,12 @@ class _Campaign:
         if absent > _ABSENT_S and now - self.told_absent > _AGAIN_S:
             self.told_absent = now
             self.tell("no worker is there; waiting for one to come (jobs may still be in the queue)")
+
+
+def _missed_a_file_that_is_here(receipt: Receipt) -> bool:
+    """Whether an image failed for a file that this process sees: one sick node would fail all images it is given."""
+    found, path = receipt.metadata.get("found"), receipt.metadata.get("path")
+    return receipt.status == "failed" and found == ReadError.NO_FILE and bool(path) and os.path.exists(str(path))
 
 
 class _Deaths:
