@@ -51,6 +51,7 @@ _EVENTS = {
 }
 
 
+_TOLD = 3  # mishaps
 _AT_LAST = {
     Mishap.TRANSIENT: " (each time it was tried, over some minutes; `batchproc retry RUN` when that is mended)",
     Mishap.LOST: (
@@ -150,7 +151,7 @@ class _Campaign:
         self.under_way: dict[Hashable, Trial] = {}
         self.packing = Packing(folder, job, executor, events, tell)
         self.redone: Counter[str] = Counter()
-        self.workers = 0
+        self.workers, self.mishaps = 0, 0
         self.told_absent = -math.inf
 
     def last_words(self) -> Iterator[Receipt]:
@@ -234,7 +235,9 @@ class _Campaign:
             self.attempts.end(entry.image_id)
         else:
             mishap = Mishap(receipt.status)
-            self.events.write(_EVENTS[mishap], image_id=entry.image_id, reason=receipt.message or mishap.value)
+            reason = receipt.message or mishap.value
+            self.events.write(_EVENTS[mishap], image_id=entry.image_id, reason=reason)
+            self.tell_mishap(reason)
             if not self.attempts.mishap(entry, mishap, time.monotonic()):
                 return None
             receipt = replace(receipt, status="failed", message=f"{receipt.message}{_AT_LAST[mishap]}")
@@ -245,6 +248,13 @@ class _Campaign:
             if entry.image_id in self.redone:  # it has been told before
                 return None
         return receipt
+
+    def tell_mishap(self, reason: str) -> None:
+        """The first few; where there are many, the log has them."""
+        self.mishaps += 1
+        if self.mishaps <= _TOLD:
+            more = "" if self.mishaps < _TOLD else "; of more like it, log/events.jsonl tells"
+            self.tell(f"tried again: {reason}{more}")
 
     def redo(self, entries: Iterable[ManifestEntry]) -> Iterator[Receipt]:
         """Do images again that turned out damaged, but not for ever; yields the last word on those that always do."""
