@@ -89,6 +89,17 @@ def test_a_failure_stands_until_its_image_fails_otherwise_or_is_done() -> None:
     assert standing(course) == (3, {})
 
 
+def test_failures_that_were_taken_back_are_not_taken_from_what_is_done() -> None:
+    """Of a failed image with another row now the driver tells by doing it."""
+    events = [at(0, "run_begun", before=0, to_do=4, command="run")]
+    events += [at(1, "image_done", image_id="a"), at(2, "image_done", image_id="b")]
+    events += [at(3, "image_failed", image_id=name, stage="read", error="ReadError") for name in "xy"]
+    events += [at(10, "run_begun", before=3, to_do=1, command="run"), at(11, "image_done", image_id="x")]
+    course = read_course(events)
+    assert course is not None
+    assert standing(course) == (3, {"read: ReadError": 1})
+
+
 def test_without_events_there_is_no_course() -> None:
     """Nor where none of them can be dated."""
     assert read_course([]) is None

@@ -61,22 +61,28 @@ class _Tally:
         self.failed: dict[str, array[float]] = {}
         self._n = 0
         self._causes: dict[str, str] = {}  # of the images that have failed
+        self._standing: set[str] = set()  # of these, what is taken for failed on the disk where this driver began
         self._ended: set[int] = set()  # with this driver; hashes, for there may be millions
 
     def begin(self, now: float, event: Mapping[str, Any]) -> None:
         """A driver begins: so many images had ended that are not its own to do."""
         self._ended.clear()
+        self._standing.clear()
         before = event.get("before")
         if event.get("command") == "retry" or not isinstance(before, int):  # it tells of nothing but what it tries
             return
         if before < len(self._causes):
             for image_id in list(self._causes):
                 self._mend(now, image_id)
+        self._standing.update(self._causes)
         self._count(now, before - len(self._causes) - self._n)
 
     def end(self, now: float, image_id: str, cause: str | None) -> None:
         """An image is done, or failed; one whose result was found damaged ends again."""
         known = hash(image_id) in self._ended
+        if image_id in self._standing:  # it was not: its failure was taken back, and another image is done
+            self._standing.remove(image_id)
+            self._count(now, 1)
         if cause is None:
             self._mend(now, image_id)
             if not known:
