@@ -121,6 +121,20 @@ def test_variants_of_one_card_agree_whatever_their_layout(make):
 
 
 @needs_litert
+def test_features_find_their_input_in_whatever_order_the_file_has_them():
+    """Several classes, and the batch changes from call to call."""
+    rng = np.random.default_rng(3)
+    for n in (5, 2, 5):
+        given = [rng.normal(size=(n, 5, 5, 3)).astype(np.float32), rng.normal(size=(n, 2)).astype(np.float32)]
+        found, expected = (
+            open_backend(str(GOLDEN / name), file_hash(GOLDEN / name), 1, provider).run(given)
+            for name, provider in (("classes.tflite", LITERT), ("classes.onnx", CPU))
+        )
+        assert found.shape == (n, 3)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@needs_litert
 def test_an_interpreter_is_shared_by_threads():
     """They wait for each other, and none sees another's numbers."""
     tensors = [np.random.default_rng(k).normal(size=(9, 5, 5, 3)).astype(np.float32) for k in range(8)]

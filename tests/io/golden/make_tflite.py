@@ -1,7 +1,8 @@
 """Remakes the small TFLite files here, and their twin in ONNX: ``python tests/io/golden/make_tflite.py``.
 
-Needs ``ai-edge-litert`` (for its tables of the format) and ``onnx``; no TensorFlow. All files hold one network with the
-same weights: a convolution of 3 × 3 with ReLU, a dense layer, a sigmoid; stamps of 5 × 5 pixels with three channels.
+Needs ``ai-edge-litert`` (for its tables of the format) and ``onnx``; no TensorFlow. Those called small hold one network
+with the same weights: a convolution of 3 × 3 with ReLU, a dense layer, a sigmoid; stamps of 5 × 5 pixels with three
+channels.
 """
 
 from __future__ import annotations
@@ -127,6 +128,24 @@ def network(name, batch, *, any_batch=False, whole=False, unsigned=False, last=O
     file.save(name, [outer_stamps], [outer_score])
 
 
+def classes():
+    """What classes.onnx is: softmax of (central pixel, two features); the features come first, as converters do it."""
+    file, centre = File(), np.eye(75)[12 * 3 + 2][None]
+    features = file.tensor("features", (1, 2), "f4", any_batch=True)
+    stamps = file.tensor("stamps", (1, SIZE, SIZE, 3), "f4", any_batch=True)
+    weight = file.tensor("w", centre.shape, "f4", data=centre)
+    pixel, everything, score = (
+        file.tensor(name, (1, n), "f4", any_batch=True) for name, n in (("z", 1), ("all", 3), ("score", 3))
+    )
+    connected, joined, soft = tfl.FullyConnectedOptionsT(), tfl.ConcatenationOptionsT(), tfl.SoftmaxOptionsT()
+    joined.axis, soft.beta = 1, 1.0
+    kinds = tfl.BuiltinOptions
+    file.operator(OP.FULLY_CONNECTED, [stamps, weight, -1], [pixel], connected, kinds.FullyConnectedOptions)
+    file.operator(OP.CONCATENATION, [pixel, features], [everything], joined, kinds.ConcatenationOptions)
+    file.operator(OP.SOFTMAX, [everything], [score], soft, kinds.SoftmaxOptions)
+    file.save("classes", [features, stamps], [score])
+
+
 def compiled():
     """What edgetpu_compiler leaves of such a network: one operator of its own. It cannot be run here."""
     file = File()
@@ -168,4 +187,5 @@ if __name__ == "__main__":
     network("small_int8", 1, whole=True)
     network("small_uint8", 4, whole=True, unsigned=True)
     network("small_hard", 1, whole=True, last=OP.ABS)  # an operator that the Edge TPU does not have
+    classes()
     compiled()
