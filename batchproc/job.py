@@ -50,12 +50,9 @@ def _process(entry: ManifestEntry, config: Config, **options: Any) -> Any:
 
 
 def _model(name: str, threads: int, device: str = "cpu") -> Any:
-    from batchproc.io.models import CPU, load_model
+    from batchproc.io.models import load_model
 
-    providers = {"cpu": CPU, "gpu": "CUDAExecutionProvider"}
-    if device not in providers:
-        raise ModelError(f"classify.device = {device!r}: ONNX models run on cpu or gpu; there is no model for {device}")
-    return load_model(name, threads, provider=providers[device])
+    return load_model(name, threads, device=device)
 
 
 def _wisdom(config: Config) -> str:
