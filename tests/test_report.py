@@ -49,7 +49,7 @@ def columns(image_id, n, rng, band):
     return {c.name: np.asarray(values[c.name]).astype(object if c.dtype == "str" else c.dtype) for c in CATALOGUE}
 
 
-def make_run(path, candidates=(12, 7), failed=(), scores=False, size=15, quality=None, name="im{}"):
+def make_run(path, candidates=(12, 7), failed=(), scores=False, size=15, quality=None, name="im{}", first_seconds=1.5):
     """A run folder, written through the package's own writers."""
     folder, rng = RunFolder(path), np.random.default_rng(1)
     config = Config.from_dict({"cutouts": {"size": size}})
@@ -67,7 +67,7 @@ def make_run(path, candidates=(12, 7), failed=(), scores=False, size=15, quality
                 image_id=image_id,
                 status="done",
                 n_candidates=n,
-                seconds={"read": 0.1, "subtract": 1.5},
+                seconds={"read": 0.1, "subtract": 1.5 if number else first_seconds},
                 cpu_seconds=1.4,
                 peak_memory_mb=300.0,
                 quality={
@@ -187,6 +187,12 @@ def test_failures_say_what_to_do_and_cannot_break_the_page(full, page):
     assert page.text.index("Traceback of odd") > 0
     facts = gather_facts(RunFolder(full[0]))
     assert [receipt.status for receipt in facts.failures] == ["bug", "failed"]
+
+
+def test_times_are_those_of_most_images_not_of_the_one_that_compiled(tmp_path):
+    """The headline is the median, as that of the CPU time is."""
+    make_run(tmp_path / "run", candidates=(3,) * 5, first_seconds=60.0)
+    assert "1.6 s per image, median" in report(tmp_path / "run").words()
 
 
 def test_the_gallery_ranks_by_score_and_sets_flagged_ones_aside(full):
