@@ -19,9 +19,9 @@ __all__ = ["CHANNELS", "LAYOUTS", "NORMALISATIONS", "NO_DATA_LIMIT", "TRUNCATED"
 CHANNELS = ("new", "ref", "difference")
 #: Orders of the axes of a tensor: n stamps, c channels, h rows, w columns.
 LAYOUTS = ("NCHW", "NHWC")
-#: Where a stamp goes that the edge of an image has cut off (one that is not square): with its middle on the tensor's, or
-#: with its first pixel on the tensor's first, so that rows are missing at the bottom and columns at the right, which is
-#: how those who score ZTF's alerts pad them.
+#: Where a stamp goes that the edge of an image has cut off (one that is not square): with its middle on the tensor's,
+#: or with its first pixel on the tensor's first, so that rows are missing at the bottom and columns at the right, which
+#: is how those who score ZTF's alerts pad them.
 TRUNCATED = ("centre", "corner")
 #: A pixel of this size or larger is no measurement: some surveys fill blank pixels with −3.4e38, whose square
 #: overflows float32.

@@ -124,7 +124,7 @@ def test_recipes_match_their_definition(name, seed, scale, blank, size):
 
 @pytest.mark.parametrize("filler", [-3.4028235e38, np.inf, 1e300])
 def test_ztf_rows_with_filled_pixels_are_empty(filler):
-    """As in float32, where their norm is infinite; NaN leaves the rest of its row what it is, and the stamp is scored."""
+    """As in float32, where their norm is infinite; NaN leaves the rest of its row alone, and the stamp is scored."""
     stamps = stamps_of().astype(np.float64)
     stamps[1, 1, 5, 7] = np.nan
     stamps[1, 1, 9, 7] = filler
