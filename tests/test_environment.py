@@ -93,4 +93,6 @@ def test_runtime_install_stays_light(heavy):
 
 def test_extras_are_those_promised():
     """The README's extras exist."""
-    assert set(PYPROJECT["optional-dependencies"]) >= {"train", "hpc", "notebooks", "tflite", "bench", "dev"}
+    assert set(PYPROJECT["optional-dependencies"]) >= {
+        *("train", "hpc", "notebooks", "tflite", "import", "alerts", "bench", "dev")
+    }

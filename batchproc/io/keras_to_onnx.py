@@ -75,7 +75,7 @@ class _Graph:
             self.constants.append(self._numpy_helper.from_array(np.ascontiguousarray(array, np.float32), names[-1]))
         before = self.nodes[-1].output[0] if self.nodes else "stamps"
         after = f"{operation.lower()}{len(self.nodes)}"
-        self.nodes.append(self._helper.make_node(operation, [before, *names], [after], **attributes))
+        self.nodes.append(self._helper.make_node(operation, [before, *names], [after], after, **attributes))
 
 
 def _append(graph: _Graph, layer: Layer) -> None:

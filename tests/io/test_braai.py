@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import builtins
 import json
+from pathlib import Path
 
 import h5py
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 
@@ -15,6 +17,7 @@ from batchproc.errors import ModelError
 from batchproc.io.braai import add_braai
 from batchproc.io.cards import InputCard, read_card
 from batchproc.io.models import check_model, load_model, models_folder
+from batchproc.io.quantise import quantise_onnx
 from tests._real import data
 from tests.io import _keras
 
@@ -177,6 +180,21 @@ def test_one_command_adds_it(file):
     assert "batchproc models add braai d6_m7.h5" in str(typed("braai").exception)
     assert "two paths" in str(typed("elsewhere", file).exception)
     assert "on its card" in str(typed("elsewhere", "--normalisation", "image-l2").exception)
+
+
+def test_an_int8_version_is_one_with_named_nodes_or_without(file):
+    """All but the last product are quantised: a node without a name does not except every other from it."""
+    model = load_model(add_braai(file, normalisation="image-l2"))
+    tensor, _ = model.card.input.prepare(stamps_of(8))
+    bare = onnx.load(model.file)
+    for node in bare.graph.node:
+        node.ClearField("name")
+    onnx.save(bare, file.parent / "bare.onnx")
+    for path in (Path(model.file), file.parent / "bare.onnx"):
+        quantised = onnx.load_from_string(quantise_onnx(path, tensor))
+        constants = [a for a in quantised.graph.initializer if a.data_type == onnx.TensorProto.INT8]
+        kernels = sorted(tuple(a.dims) for a in constants if len(a.dims) > 1)
+        assert kernels == [(16, 3, 3, 3), (16, 16, 3, 3), (32, 16, 3, 3), (32, 32, 3, 3), (1152, 256)]
 
 
 @pytest.mark.realdata
