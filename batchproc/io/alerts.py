@@ -277,7 +277,7 @@ def _unpacked(packed: bytes) -> bytes:
 
 #: Cards of nearly every cutout; none but these says what the bytes behind the header mean.
 _PLAIN_CARDS = {b"SIMPLE", b"BITPIX", b"NAXIS", b"NAXIS1", b"NAXIS2", b"END", b""}
-_PLAIN_CARDS |= {b"BUNIT", b"DSNRMS", b"SSNRMS", b"DSDIFF"}
+_PLAIN_CARDS |= {b"EXTEND", b"BUNIT", b"DSNRMS", b"SSNRMS", b"DSDIFF"}
 _BLOCK = 2880
 
 
