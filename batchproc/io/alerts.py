@@ -193,9 +193,10 @@ def _members(path: Path) -> Iterator[tuple[str, BinaryIO | None, str]]:
     """Avro files of a tarball, in their order and read once; a tarball that breaks off ends in a row that says so."""
     try:
         with tarfile.open(path, "r|*") as tar:
-            for member in tar:
+            while member := tar.next():
                 if member.isfile() and member.name.endswith(".avro"):
                     yield _member(tar, member, f"{path}/{member.name}")
+                tar.members.clear()  # it would remember every one of a night
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         yield str(path), None, f"the tarball breaks off here ({error})"
 
