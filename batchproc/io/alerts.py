@@ -196,7 +196,7 @@ def _members(path: Path) -> Iterator[tuple[str, BinaryIO | None, str]]:
             while member := tar.next():
                 if member.isfile() and member.name.endswith(".avro"):
                     yield _member(tar, member, f"{path}/{member.name}")
-                tar.members.clear()  # it would remember every one of a night
+                tar.members.clear()  # type: ignore[attr-defined]  # it would remember every one of a night
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         yield str(path), None, f"the tarball breaks off here ({error})"
 
