@@ -104,6 +104,9 @@ class ReadError(ExposureError):
 
     stage = "read"
 
+    #: What is ``found`` where there is no file, with its ``path``.
+    NO_FILE = "no such file"
+
 
 class RawFrameError(ReadError):
     """A raw, uncalibrated frame, which must not be subtracted."""

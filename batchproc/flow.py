@@ -92,13 +92,15 @@ def process_image(
     with _naming(entry):
         with clock("read"):
             new = read_new(entry)
-            refs = read_refs(entry)
-        with clock("align"):
-            aligned = align(new, refs, config.align)
-        del refs  # several of them, and where one was interpolated, its pixels are needed no more
-        return subtract_exposures(
-            new, aligned, config, image_id=entry.image_id, clock=clock, map_tiles=map_tiles, overwrite=True
-        )
+        with _placing(new.meta):
+            with clock("read"):
+                refs = read_refs(entry)
+            with clock("align"):
+                aligned = align(new, refs, config.align)
+            del refs  # several of them, and where one was interpolated, its pixels are needed no more
+            return subtract_exposures(
+                new, aligned, config, image_id=entry.image_id, clock=clock, map_tiles=map_tiles, overwrite=True
+            )
 
 
 @contextmanager
@@ -109,6 +111,19 @@ def _naming(entry: ManifestEntry) -> Iterator[None]:
     except ExposureError as error:
         if not any(str(split_hdu(path)[0]) in str(error) for path in (entry.new, *entry.ref)):
             error.args = (f"{entry.new}: {error}",)
+        raise
+
+
+@contextmanager
+def _placing(meta: Mapping[str, Any]) -> Iterator[None]:
+    """A failure after new was read leaves with exposure, CCD, filter and time of new, as far as they are known."""
+    try:
+        yield
+    except ExposureError as error:
+        for name in ("exposure_id", "ccd", "filter", "mjd"):
+            value = meta.get(name)
+            if value and value == value:  # no empty text, no NaN
+                error.metadata.setdefault(name, value)
         raise
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,7 +35,7 @@ from batchproc.io.packs import plan_roll_ups, tidy
 from batchproc.io.progress import finished_images, gather
 from batchproc.io.run_folder import RunFolder
 from batchproc.io.status import Status, read_status
-from batchproc.records import ManifestEntry
+from batchproc.records import ManifestEntry, Receipt
 
 __all__ = ["RunSummary", "Steps", "classify", "plan", "retry", "run"]
 
@@ -50,12 +50,9 @@ def _process(entry: ManifestEntry, config: Config, **options: Any) -> Any:
 
 
 def _model(name: str, threads: int, device: str = "cpu") -> Any:
-    from batchproc.io.models import CPU, load_model
+    from batchproc.io.models import load_model
 
-    providers = {"cpu": CPU, "gpu": "CUDAExecutionProvider"}
-    if device not in providers:
-        raise ModelError(f"classify.device = {device!r}: ONNX models run on cpu or gpu; there is no model for {device}")
-    return load_model(name, threads, provider=providers[device])
+    return load_model(name, threads, device=device)
 
 
 def _wisdom(config: Config) -> str:
@@ -424,15 +421,18 @@ class _Job:
             tell=partial(say, quiet=self.quiet),
         )
 
+        def counted() -> Iterator[Receipt]:
+            for receipt in receipts:
+                self.ended[receipt.status] += 1
+                self.events.beat(done=self.ended["done"], failed=self.ended["failed"] + self.ended["bug"])
+                yield receipt
+
         def failed() -> str:
             n = self.ended["failed"] + self.ended["bug"]
             return f"{n} failed" if n else ""
 
-        total = before + len(todo)
-        for receipt in show(receipts, total, "images", note=failed, before=before, quiet=self.quiet):
-            self.ended[receipt.status] += 1
-            n_failed = self.ended["failed"] + self.ended["bug"]
-            self.events.beat(done=self.ended["done"], failed=n_failed)
+        for _ in show(counted(), before + len(todo), "images", note=failed, before=before, quiet=self.quiet):
+            pass
 
     def gather(self) -> None:
         """Gather the log, where the disk takes it; the next driver does it first of all."""

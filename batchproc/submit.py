@@ -58,6 +58,8 @@ class Submission:
         Images that had been tried when it was handed in.
     idle : int
         Jobs in a row before it in which no image was tried.
+    again : str
+        What a person types to submit it again.
     """
 
     run: str
@@ -68,6 +70,7 @@ class Submission:
     job: str = ""
     tried: int = 0
     idle: int = 0
+    again: str = ""
 
     @classmethod
     def read(cls, run: Path) -> Submission:
@@ -112,10 +115,12 @@ def prepare(manifest: str | Path, out: str | Path, profile: str, options: Sequen
     name = "bp-" + re.sub(r"[^\w.-]", "-", run.name)[:12]  # no longer than any batch system allows
     python = site.python or sys.executable
     path = str(find_site(profile).resolve())
-    command = (python, "-m", "batchproc", "run", str(Path(manifest).resolve()), "--out", str(run), "--cluster", path)
+    images = str(Path(manifest).resolve())
+    command = (python, "-m", "batchproc", "run", images, "--out", str(run), "--cluster", path, *options)
+    again = shlex.join(["batchproc", "submit", images, "--out", str(run), "--profile", path, *options])
     script = driver_script(site, name, run / "log", (python, "-m", "batchproc.submit", str(run)), Path.cwd())
     workers = worker_script(site, _threads(run, options), run / "log", DASK)
-    return Submission(str(run), path, name, (*command, *options), script, tried=_tried(run)), workers
+    return Submission(str(run), path, name, command, script, tried=_tried(run), again=again), workers
 
 
 def submit(manifest: str | Path, out: str | Path, profile: str, options: Sequence[str] = ()) -> Submission:
@@ -207,7 +212,9 @@ def _hand_in_again(submission: Submission) -> Submission:
 
 
 def _record(run: Path) -> Path:
-    return run / "log" / "submission.json"
+    from batchproc.io.run_folder import RunFolder
+
+    return RunFolder(run).submission
 
 
 def _tried(run: Path) -> int:

@@ -76,7 +76,7 @@ def test_conda_environment_lists_what_pip_installs():
 def test_every_runtime_import_is_declared():
     """What the package imports outside the extras is a dependency in pyproject.toml."""
     extras = PYPROJECT["optional-dependencies"]
-    allowed = {split(r)[0] for r in [*PYPROJECT["dependencies"], *extras["hpc"], *extras["tflite"]]}
+    allowed = {split(r)[0] for r in [*PYPROJECT["dependencies"], *extras["hpc"], *extras["litert"]]}
     undeclared = {
         name: str(path.relative_to(ROOT))
         for name, path in imported_packages().items()
@@ -93,6 +93,11 @@ def test_runtime_install_stays_light(heavy):
 
 def test_extras_are_those_promised():
     """The README's extras exist."""
-    assert set(PYPROJECT["optional-dependencies"]) >= {
-        *("train", "hpc", "notebooks", "tflite", "import", "alerts", "bench", "dev")
-    }
+    promised = {"train", "hpc", "notebooks", "litert", "tflite", "import", "alerts", "bench", "dev"}
+    assert set(PYPROJECT["optional-dependencies"]) >= promised
+
+
+def test_no_extra_replaces_a_package():
+    """ONNX Runtime's builds for GPUs write the files of the plain one: changing it takes an uninstall, not an extra."""
+    named = {re.match(r"[\w.-]+", r)[0] for extra in PYPROJECT["optional-dependencies"].values() for r in extra}
+    assert not {name for name in named if name.startswith(("onnxruntime", "tensorflow", "tflite-runtime"))}

@@ -137,6 +137,15 @@ def test_an_image_without_stars_is_a_clear_error(tmp_path, entry, files):
     assert failure.value.metadata["found"] < failure.value.metadata["needed"]
 
 
+def test_a_failure_after_new_was_read_tells_whose_it_was(entry):
+    """Exposure, filter and time, of the manifest or the header; nothing that is not known."""
+    with pytest.raises(ReadError) as failure:
+        process_image(replace(entry, ref=("/nowhere.fits",), exposure_id="e7"))
+    known = failure.value.metadata
+    assert (known["exposure_id"], known["filter"], known["mjd"]) == ("e7", "r", 60000.25)
+    assert "ccd" not in known
+
+
 @pytest.mark.parametrize("changes", [{"detect": {"threshold": 15.0}}, {"cutouts": {"size": 31}}])
 def test_settings_do_what_they_say(entry, result, changes):
     """A higher threshold keeps fewer candidates; another stamp size gives other stamps."""

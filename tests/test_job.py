@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -22,6 +23,8 @@ from batchproc import open_catalogue, open_stamps
 from batchproc.config import Config
 from batchproc.distribute.scoring import plan_chunks
 from batchproc.errors import ConfigError, ModelError, RunMismatchError
+from batchproc.io.cards import InputCard, ModelCard
+from batchproc.io.models import file_hash, load_model
 from batchproc.io.run_folder import RunFolder
 from batchproc.job import Steps, classify, plan, retry, run
 from tests import _runs
@@ -243,6 +246,36 @@ def test_scoring_does_what_is_missing(tmp_path):
     assert classify(folder.path, "other", **SERIAL) == 7
     catalogue = open_catalogue(folder.path)
     assert (catalogue["score_stub"] == catalogue["score_other"]).all()
+
+
+def small_model(folder: Path) -> Path:
+    """One network in ONNX and in TFLite."""
+    folder.mkdir()
+    files = {}
+    for variant, name, layout in (("float", "small.onnx", "NCHW"), ("int8", "small_int8.tflite", "NHWC")):
+        copy = shutil.copy(Path(__file__).parent / "io" / "golden" / name, folder)
+        files[variant] = {"path": name, "sha256": file_hash(copy), "layout": layout}
+    card = ModelCard("small", "1", "A small network.", "BSD-3-Clause", 0.5, "float", InputCard(5, "none"), files)
+    (folder / "card.toml").write_text(card.to_toml())
+    return folder
+
+
+def test_the_settings_say_what_runs_a_model(tmp_path):
+    """TFLite like ONNX; on a GPU that is not there nothing is scored, and the images stay done."""
+    folder = small_model(tmp_path / "small")
+    steps = {"steps": replace(STUBS, model=Steps().model)}
+    run(_runs.entries("n3", "n4"), tmp_path / "run", config=_runs.CONFIG, **SERIAL)
+    text = (folder / "card.toml").read_text()
+    if importlib.util.find_spec("ai_edge_litert"):
+        (folder / "card.toml").write_text(text.replace('default_variant = "float"', 'default_variant = "int8"'))
+        assert classify(tmp_path / "run", str(folder), **SERIAL | steps) == 7
+        exact = load_model(folder, variant="float").predict(open_stamps(tmp_path / "run"))
+        catalogue = open_catalogue(tmp_path / "run")
+        np.testing.assert_allclose(catalogue["score_small"], exact[catalogue["stamp_index"]], atol=0.02)
+    config = replace(_runs.CONFIG, classify=replace(_runs.CONFIG.classify, model=str(folder), device="gpu"))
+    summary = run(_runs.entries("n3"), tmp_path / "gpu", config=config, **SERIAL | steps)
+    assert (summary.status.done, summary.scored, summary.exit_code) == (1, 0, 3)
+    assert "CUDAExecutionProvider is not in this ONNX Runtime" in summary.problem
 
 
 def test_a_model_that_does_not_fit_leaves_the_images_done(tmp_path):

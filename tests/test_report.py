@@ -49,11 +49,11 @@ def columns(image_id, n, rng, band):
     return {c.name: np.asarray(values[c.name]).astype(object if c.dtype == "str" else c.dtype) for c in CATALOGUE}
 
 
-def make_run(path, candidates=(12, 7), failed=(), scores=False, size=15):
+def make_run(path, candidates=(12, 7), failed=(), scores=False, size=15, quality=None, name="im{}"):
     """A run folder, written through the package's own writers."""
     folder, rng = RunFolder(path), np.random.default_rng(1)
     config = Config.from_dict({"cutouts": {"size": size}})
-    ids = [f"im{i}" for i in range(len(candidates))]
+    ids = [name.format(i) for i in range(len(candidates))]
     names = [*ids, *(receipt.image_id for receipt in failed)]
     entries = [ManifestEntry(image_id=name, new=f"/data/{name}.fits", ref=("/data/ref.fits",)) for name in names]
     freeze(folder, entries, config, lambda: "")
@@ -76,6 +76,7 @@ def make_run(path, candidates=(12, 7), failed=(), scores=False, size=15):
                     "fwhm_ref": 2.5,
                     "renormalisation": 1.01,
                     "scorr_hist": NORMAL.tolist(),
+                    **(quality or {}),
                 },
             )
             store_image(folder, entries[number], rows, stamps, receipt, config.image_digest)
@@ -95,6 +96,14 @@ def make_run(path, candidates=(12, 7), failed=(), scores=False, size=15):
     return catalogue
 
 
+EVERYTHING = {
+    "n_psf_stars_new": 133,
+    "n_psf_stars_ref": 213,
+    "registration_rms_x": 0.043,
+    "registration_rms_y": 0.037,
+    "flux_ratio": 0.27,
+    "masked_fraction": 0.004,
+}
 FAILED = Receipt("broken", "failed", stage="read", error="ReadError", message="cut off <at 5 MB>; fetch it again")
 BUG = Receipt("odd", "bug", stage="process", error="KeyError", message="'x'", traceback="Traceback of the bug")
 
@@ -333,18 +342,39 @@ def test_an_empty_triplet_is_drawn_too(fill):
 @pytest.mark.browser
 def test_a_browser_shows_it(full, tmp_path):
     """Headless Chromium paints the page: not empty, with grey stamps among it."""
+    path, picture = write_report(full[0]), tmp_path / "page.png"
+    in_chromium(tmp_path, path, f"--screenshot={picture}", "--window-size=1200,2000")
+    assert len(np.unique(matplotlib.image.imread(picture)[..., 0])) > 100
+
+
+MEASURE = """<script>
+const box = document.querySelector("#images .wide"); document.title = `${box.scrollWidth} in ${box.clientWidth}`;
+</script></body>"""
+
+
+@pytest.mark.browser
+def test_the_table_of_images_fits_a_screen_whatever_the_ids(tmp_path):
+    """Its last column is not cut at 1280 pixels."""
+    make_run(tmp_path / "run", quality=EVERYTHING, name="ztf_20180521123456_000123_zr_c{:02d}_o_q4")
+    page = tmp_path / "page.html"
+    page.write_text(write_report(tmp_path / "run").read_text().replace("</body>", MEASURE))
+    shown = in_chromium(tmp_path, page, "--dump-dom", "--window-size=1280,1000")
+    width, room = re.search(r"<title>(\d+) in (\d+)", shown).groups()
+    assert 0 < int(width) <= int(room)
+
+
+def in_chromium(folder, page, *what):
+    """What headless Chromium prints of a page."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium found")
-    path, picture = write_report(full[0]), tmp_path / "page.png"
     options = [
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
         "--no-first-run",
-        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--user-data-dir={folder / 'profile'}",
     ]
     options += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
-    command = [chromium, *options, f"--screenshot={picture}", "--window-size=1200,2000", path.resolve().as_uri()]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
-    assert len(np.unique(matplotlib.image.imread(picture)[..., 0])) > 100
+    command = [chromium, *options, *what, page.resolve().as_uri()]
+    return subprocess.run(command, check=True, capture_output=True, timeout=120, text=True).stdout

@@ -19,6 +19,7 @@ pytest.importorskip("dask_jobqueue", reason="needs the extra 'hpc'")
 
 from batchproc import cli, submit
 from batchproc.errors import ClusterError, UsageError
+from batchproc.io.events import EventLog
 from batchproc.io.freeze import freeze
 from batchproc.io.run_folder import RunFolder
 from batchproc.submit import Submission, drive, prepare
@@ -214,3 +215,20 @@ def test_a_scheduler_that_runs_already_has_no_queue(tmp_path):
     path.write_text('system = "address"\naddress = "tcp://host:8786"\n')
     with pytest.raises(UsageError, match="has no queue"):
         prepare(tmp_path / "m.csv", tmp_path / "R", str(path))
+
+
+def test_status_tells_of_a_run_that_waits_in_the_queue(profile, tmp_path, handed):
+    """Its job, before anything else is there; what is to be typed to submit it again, once it has begun and stopped."""
+    manifest, run = tmp_path / "night.csv", tmp_path / "RUN"
+    submit.submit(manifest, run, str(profile), ("--max-bugs", "7"))
+    told = CliRunner().invoke(cli.cli, ["status", str(run)])
+    assert told.exit_code == 0
+    assert told.output.startswith("submitted as job 101 (bp-RUN), and not begun yet")
+    as_json = CliRunner().invoke(cli.cli, ["status", str(run), "--json"])
+    assert json.loads(as_json.output)["submitted"]["job"] == "101"
+    freeze(RunFolder(run), _runs.entries("n1"), _runs.CONFIG, lambda: "")
+    with EventLog(RunFolder(run)) as events:
+        events.beat(phase="images")
+    stopped = CliRunner().invoke(cli.cli, ["status", str(run)]).output
+    assert f"`batchproc submit {manifest} --out {run} --profile {profile} --max-bugs 7` goes on" in stopped
+    assert "batchproc run" not in stopped

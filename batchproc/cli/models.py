@@ -43,7 +43,7 @@ def models_show(model: str) -> int:
 @click.option("--name", help="What it shall be called.  [default: the name on its card]")
 @click.option("--normalisation", help="How the stamps were normalised that weights of your own were trained with.")
 def models_add(path: Path, weights: Path | None, name: str | None, normalisation: str | None) -> int:
-    """Check a model (a folder with card.toml and ONNX files) and copy it to where runs find it by name.
+    """Check a model (a folder with card.toml and ONNX or TFLite files) and copy it to where runs find it by name.
 
     `add braai WEIGHTS` makes the model of ZTF's network braai from its Keras weights (needs the extra 'import').
     """
@@ -86,10 +86,17 @@ def models_quantise(model: str, run: Path, most: int) -> int:
 
 @models.command("check", epilog=example("batchproc models check realbogus"))
 @click.argument("model")
-def models_check(model: str) -> int:
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "gpu", "edgetpu"]),
+    default="cpu",
+    show_default=True,
+    help="Where it shall run. Of edgetpu, also whether its compiler would take the file.",
+)
+def models_check(model: str, device: str) -> int:
     """Verify that a model's files are those on its card and that each version of it runs."""
     from batchproc.io.models import check_model
 
-    for line in check_model(model):
+    for line in check_model(model, device):
         click.echo(line)
     return 0

@@ -22,7 +22,7 @@ from batchproc.cli.common import (
     spread_option,
     where_to_run,
 )
-from batchproc.cli.texts import tell_plan, tell_run, tell_status
+from batchproc.cli.texts import tell_plan, tell_run, tell_status, tell_submitted
 from batchproc.config import Config
 
 if TYPE_CHECKING:
@@ -128,8 +128,14 @@ def status(run: Path, as_json: bool, watch: bool) -> int:
     Reads the run folder alone, and writes nothing: it works on any machine that sees the folder.
     """
     from batchproc.io.run_folder import RunFolder
-    from batchproc.io.status import read_status
+    from batchproc.io.status import read_status, read_submitted
 
+    folder = RunFolder(run)
+    while not folder.record.is_file() and (submitted := read_submitted(folder)):
+        click.echo(json.dumps({"submitted": asdict(submitted)}) if as_json else tell_submitted(str(run), submitted))
+        if not watch:
+            return 0
+        time.sleep(WATCH_S)
     folder = RunFolder.existing(run)
     while True:
         start = time.monotonic()

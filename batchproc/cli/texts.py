@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from batchproc.distribute.clusters import Where
     from batchproc.distribute.plan import Plan
     from batchproc.distribute.prediction import Fit
-    from batchproc.io.status import Driver, Status
+    from batchproc.io.status import Driver, Status, Submitted
     from batchproc.job import RunSummary
 
-__all__ = ["tell_plan", "tell_run", "tell_status"]
+__all__ = ["tell_plan", "tell_run", "tell_status", "tell_submitted"]
 
 
 def tell_run(summary: RunSummary) -> str:
@@ -41,6 +41,14 @@ def tell_status(status: Status) -> str:
     return "\n".join(lines)
 
 
+def tell_submitted(run: str, submitted: Submitted) -> str:
+    """A run that has not begun."""
+    return (
+        f"submitted as job {submitted.job} ({submitted.name}), and not begun yet: the queue knows why; "
+        f"what the job says once it runs is in {run}/log/jobs"
+    )
+
+
 def tell_plan(plan: Plan, where: Where) -> str:
     """What a run would do."""
     from batchproc.distribute.clusters import expected_workers
@@ -52,7 +60,8 @@ def tell_plan(plan: Plan, where: Where) -> str:
         f"to read: {size(plan.bytes_in)}; to write: about {size(plan.bytes_out)} in {plan.files_out} files and folders",
     ]
     if plan.missing_files:
-        lines.append(f"{plan.missing_files} files are not there: see `batchproc manifest check`")
+        are = "is" if plan.missing_files == 1 else "are"
+        lines.append(f"{_counted(plan.missing_files, 'file')} {are} not there: see `batchproc manifest check`")
     if plan.missing:
         lines += [_tasks(plan, workers), _memory(plan.fit(where))]
     if plan.measured:
@@ -102,7 +111,8 @@ def _driver(status: Status, driver: Driver) -> list[str]:
         return lines + ([f"dashboard: {driver.dashboard}"] if driver.dashboard else [])
     how = "killed, or out of reach: last heard of" if driver.killed else "ended"
     lines = [f"nobody is at work: {who} {how} {_when(driver.heard)}"]
-    return lines + ([f"{_go_on(status.run)} goes on"] if status.missing else [])
+    again = f"`{status.submitted.again}`" if status.submitted else _go_on(status.run)
+    return lines + ([f"{again} goes on"] if status.missing else [])
 
 
 def _tasks(plan: Plan, workers: int) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 import traceback
 import uuid
@@ -24,7 +25,7 @@ from batchproc.distribute.plan import images_at_once
 from batchproc.distribute.tasks import Answer, Job, Process, overdue_note, process_trial, under_way_file
 from batchproc.distribute.transient import is_transient
 from batchproc.distribute.watchdog import read_note
-from batchproc.errors import StorageError
+from batchproc.errors import ReadError, StorageError
 from batchproc.io.atomic import our_disk, write_text
 from batchproc.io.events import NullEvents
 from batchproc.io.progress import ReceiptLog
@@ -50,6 +51,7 @@ _EVENTS = {
 }
 
 
+_TOLD = 3  # mishaps
 _AT_LAST = {
     Mishap.TRANSIENT: " (each time it was tried, over some minutes; `batchproc retry RUN` when that is mended)",
     Mishap.LOST: (
@@ -149,7 +151,7 @@ class _Campaign:
         self.under_way: dict[Hashable, Trial] = {}
         self.packing = Packing(folder, job, executor, events, tell)
         self.redone: Counter[str] = Counter()
-        self.workers = 0
+        self.workers, self.mishaps = 0, 0
         self.told_absent = -math.inf
 
     def last_words(self) -> Iterator[Receipt]:
@@ -226,11 +228,16 @@ class _Campaign:
 
     def settle(self, entry: ManifestEntry, receipt: Receipt) -> Receipt | None:
         """Book what became of an image; the receipt where it is the last word on it."""
+        if _missed_a_file_that_is_here(receipt):
+            message = f"{receipt.message} It is there for the driver: the worker's node may lack that file system."
+            receipt = replace(receipt, status=Mishap.TRANSIENT, message=message)
         if receipt.status in _FINAL:
             self.attempts.end(entry.image_id)
         else:
             mishap = Mishap(receipt.status)
-            self.events.write(_EVENTS[mishap], image_id=entry.image_id, reason=receipt.message or mishap.value)
+            reason = receipt.message or mishap.value
+            self.events.write(_EVENTS[mishap], image_id=entry.image_id, reason=reason)
+            self.tell_mishap(reason)
             if not self.attempts.mishap(entry, mishap, time.monotonic()):
                 return None
             receipt = replace(receipt, status="failed", message=f"{receipt.message}{_AT_LAST[mishap]}")
@@ -241,6 +248,13 @@ class _Campaign:
             if entry.image_id in self.redone:  # it has been told before
                 return None
         return receipt
+
+    def tell_mishap(self, reason: str) -> None:
+        """The first few; where there are many, the log has them."""
+        self.mishaps += 1
+        if self.mishaps <= _TOLD:
+            more = "" if self.mishaps < _TOLD else "; of more like it, log/events.jsonl tells"
+            self.tell(f"tried again: {reason}{more}")
 
     def redo(self, entries: Iterable[ManifestEntry]) -> Iterator[Receipt]:
         """Do images again that turned out damaged, but not for ever; yields the last word on those that always do."""
@@ -293,6 +307,12 @@ class _Campaign:
         if absent > _ABSENT_S and now - self.told_absent > _AGAIN_S:
             self.told_absent = now
             self.tell("no worker is there; waiting for one to come (jobs may still be in the queue)")
+
+
+def _missed_a_file_that_is_here(receipt: Receipt) -> bool:
+    """Whether an image failed for a file that this process sees: one sick node would fail all images it is given."""
+    found, path = receipt.metadata.get("found"), receipt.metadata.get("path")
+    return receipt.status == "failed" and found == ReadError.NO_FILE and bool(path) and os.path.exists(str(path))
 
 
 class _Deaths:

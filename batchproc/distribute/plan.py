@@ -61,7 +61,8 @@ class Plan:
     need : Prediction
         Memory of the image that needs the most of those looked at, where images are not spread.
     measured : int
-        Images of this run from which the numbers are taken; 0: `bytes_out` is guessed, time unknown.
+        Images of this run from which the numbers are taken, without the first of each process if there are others; 0:
+        `bytes_out` is guessed, time unknown.
     seconds_per_image, cpu_seconds_per_image, peak_memory_mb : float
         Means over the measured images; largest of them. NaN where unknown.
     wanted_spread : str
@@ -152,6 +153,8 @@ def plan_run(
     sample = evenly(todo, _SAMPLE)
     sizes = _sizes(sample)
     receipts = [r for r in islice(iter_receipts(folder), _RECEIPTS) if r.status == "done"] if begun else []
+    # The first image of a process loads and, on a new machine, compiles: the others are what the rest will be like.
+    warm = [r for r in receipts if not r.metadata.get("first_of_process")] or receipts
     return Plan(
         images=len(entries),
         done=statuses.count("done"),
@@ -162,10 +165,10 @@ def plan_run(
         bytes_out=(_bytes_out(folder) or _guessed_bytes(receipts, config)) * len(todo),
         files_out=_files_out(len(todo), scored=bool(config.classify.model)),
         need=largest_need(todo, sizes),
-        measured=len(receipts),
-        seconds_per_image=_mean([sum(r.seconds.values()) for r in receipts]),
-        cpu_seconds_per_image=_mean([r.cpu_seconds for r in receipts]),
-        peak_memory_mb=max((r.peak_memory_mb for r in receipts), default=np.nan),
+        measured=len(warm),
+        seconds_per_image=_mean([sum(r.seconds.values()) for r in warm]),
+        cpu_seconds_per_image=_mean([r.cpu_seconds for r in warm]),
+        peak_memory_mb=max((r.peak_memory_mb for r in warm), default=np.nan),
         wanted_spread=config.spread,
         tile=config.subtract.tile,
         threads=config.threads,

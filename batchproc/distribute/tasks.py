@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,7 @@ __all__ = [
 Process = Callable[..., Any]
 
 _preparing = threading.Lock()
+_images = count()  # that this process has begun
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,7 @@ def process_image(job: Job, process: Process, entry: ManifestEntry) -> Receipt:
     before = stored_receipt(folder, entry, config.image_digest)
     if before is not None:
         return before
+    first = next(_images) == 0
     cpu = time.process_time()
     try:
         inputs = input_digest(entry)
@@ -192,6 +195,8 @@ def process_image(job: Job, process: Process, entry: ManifestEntry) -> Receipt:
             else:
                 result = process(local, config)
         receipt = replace(result.receipt, **_use(cpu))
+        if first:
+            receipt = replace(receipt, metadata={**receipt.metadata, "first_of_process": True})
         if folder.identity() != job.identity:
             raise StorageError(
                 f"{folder.path}: the run was changed while {entry.image_id} was worked on; it is dropped"

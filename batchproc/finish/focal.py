@@ -89,7 +89,10 @@ def make_focal_planes(shop: Workshop) -> Product:
 
 def _inputs(contents: Contents) -> str:
     """Of the manifest, whose exposures and images not tried are in the table, of what was done, and of failures."""
-    tried = (f"{r.image_id} {r.status} {r.error} {r.message}" for r in iter_receipts(contents.folder))
+    tried = (
+        f"{r.image_id} {r.status} {r.error} {r.message} {r.metadata.get('exposure_id')}"
+        for r in iter_receipts(contents.folder)
+    )
     manifest = str(contents.folder.read_record()["manifest_digest"])
     return digest(_FORM, manifest, contents.digest, *sorted(tried))
 
@@ -181,7 +184,9 @@ def _empty(column: Column, n: int) -> Any:
 def _row(receipt: Receipt, renormalised: bool) -> dict[str, Any]:
     """What a receipt tells of its image."""
     quality = receipt.quality
-    row = {name: quality[name] for name in ("exposure_id", "ccd", "filter", "mjd", *_MEASURED) if quality.get(name)}
+    known = {**receipt.metadata, **quality}  # a failure has in the former whose it was, where new was read
+    row = {name: known[name] for name in ("exposure_id", "ccd", "filter", "mjd") if known.get(name)}
+    row |= {name: quality[name] for name in _MEASURED if quality.get(name)}
     seconds = sum(receipt.seconds.values()) if receipt.seconds else math.nan
     row |= {"status": receipt.status, "seconds": seconds, "cpu_seconds": receipt.cpu_seconds}
     if receipt.status != "done":

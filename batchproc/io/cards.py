@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from batchproc.learning.inputs import CHANNELS, LAYOUTS, NORMALISATIONS, TRUNCAT
 __all__ = ["CARD", "InputCard", "ModelCard", "check_card", "read_card"]
 
 CARD = "card.toml"
+#: Files that can be run: by ONNX Runtime, by LiteRT.
+SUFFIXES = (".onnx", ".tflite")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class ModelCard:
     """The faster variant of those that are equally accurate."""
     input: InputCard
     files: Mapping[str, Mapping[str, str]]
-    """Variant → ``path`` (within the folder) and ``sha256``."""
+    """Variant → ``path`` (within the folder; ``.onnx`` or ``.tflite``) and ``sha256``; ``layout`` where the axes of
+    this file's input have another order than ``input`` says."""
     classes: tuple[str, ...] = ("real",)
     """One: a probability a stamp; several: one a class, in this order."""
     meant_for: Mapping[str, Any] = field(default_factory=dict)
@@ -81,6 +84,10 @@ class ModelCard:
     """How, and its agreement with float."""
     metrics: tuple[Mapping[str, Any], ...] = ()
     """On images it has not seen: one table a data set, each with its prevalence and intervals."""
+
+    def input_of(self, variant: str) -> InputCard:
+        """What the file of a variant wants to see."""
+        return replace(self.input, layout=self.files[variant].get("layout", self.input.layout))
 
     def to_toml(self) -> str:
         """The text of ``card.toml``; `read_card` gives the same card back."""
@@ -157,12 +164,21 @@ def _problems(card: ModelCard) -> Iterator[str]:
         yield "[files.VARIANT] with path and sha256: at least one"
         return
     for variant, file in card.files.items():
-        if not isinstance(file, Mapping) or set(file) != {"path", "sha256"}:
-            yield f"[files.{variant}] must have path and sha256"
-        elif Path(file["path"]).name != file["path"]:
-            yield f"files.{variant}.path = {file['path']!r}: must be a file in the model's own folder"
+        yield from _file_problems(variant, file)
     if card.default_variant not in card.files:
         yield f"default_variant = {card.default_variant!r}; there are: {', '.join(card.files)}"
+
+
+def _file_problems(variant: str, file: Any) -> Iterator[str]:
+    if not isinstance(file, Mapping) or set(file) - {"layout"} != {"path", "sha256"}:
+        yield f"[files.{variant}] must have path and sha256, and may have layout"
+        return
+    if Path(file["path"]).name != file["path"]:
+        yield f"files.{variant}.path = {file['path']!r}: must be a file in the model's own folder"
+    if Path(file["path"]).suffix not in SUFFIXES:
+        yield f"files.{variant}.path = {file['path']!r}: must end in {' or '.join(SUFFIXES)}"
+    if file.get("layout", LAYOUTS[0]) not in LAYOUTS:
+        yield f"files.{variant}.layout = {file['layout']!r}; known: {', '.join(LAYOUTS)}"
 
 
 def _plain(value: Any) -> Any:

@@ -377,7 +377,7 @@ def _open_stream(path: Path) -> tuple[BinaryIO, int]:
         stream: BinaryIO = io.BufferedReader(_Disk(path))
     except FileNotFoundError:
         raise error(
-            "no such file", "a FITS file", "Correct the path (relative paths start at the manifest's folder)."
+            ReadError.NO_FILE, "a FITS file", "Correct the path (relative paths start at the manifest's folder)."
         ) from None
     except OSError as cause:
         raise error(f"cannot be opened ({cause.strerror})", "a readable file", "Look at its permissions.") from cause

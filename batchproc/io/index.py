@@ -212,11 +212,22 @@ def read_moving(folder: RunFolder, places: Sequence[Place], read: Callable[[Sequ
                 continue
             if isinstance(error, OSError) and error.errno is not None:  # the disk, not what is on it
                 raise
+            what = _cut_short(folder, places) or folder.path
             raise DamagedRunError(
-                f"{folder.path}: a file is altered or cut short ({error}); `batchproc verify {folder.path} --repair` "
-                "tells which, and which images are to be done again"
+                f"{what}: altered or cut short ({error}); `batchproc verify {folder.path} --repair` tells which images "
+                "are to be done again"
             ) from error
     raise DamagedRunError(f"{folder.path}: files move faster than they can be read; try again")
+
+
+def _cut_short(folder: RunFolder, places: Sequence[Place]) -> Path | None:
+    """The first catalogue that has lost its end, of which Arrow says what is wrong and not where."""
+    for path in dict.fromkeys(place.catalogue(folder) for place in places):
+        try:
+            pq.read_metadata(path)
+        except (ValueError, OSError):
+            return path
+    return None
 
 
 def results_digest(folder: RunFolder) -> str:

@@ -1,8 +1,9 @@
-"""Models on disk: folders with a card, found by name, checked before they are trusted, run by ONNX Runtime.
+"""Models on disk: folders with a card, found by name, checked before they are trusted.
 
-A model is a folder with ``card.toml`` (`ModelCard`) and one ONNX file a variant (``model.onnx`` in float,
-``model_int8.onnx`` quantised). The card says what the model wants to see, how good it is on which images, and the
-SHA-256 of each file; a file that is not the one described is refused.
+A model is a folder with ``card.toml`` (`ModelCard`) and one file a variant (``model.onnx`` in float,
+``model_int8.tflite`` quantised). The card says what the model wants to see, how good it is on which images, and the
+SHA-256 of each file; a file that is not the one described is refused. What runs a file, and where, is in
+`batchproc.io.backends`.
 
 >>> model = load_model("realbogus")                                  # doctest: +SKIP
 >>> model.predict(stamps)            # (n, 3, h, w) un-normalised → (n,) float32, NaN: not scored   # doctest: +SKIP
@@ -16,8 +17,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from batchproc.errors import ModelError
 from batchproc.io.atomic import replacing
+from batchproc.io.backends import CPU, Backend, check_installed, open_backend, provider_for, read_bytes
 from batchproc.io.cards import CARD, InputCard, ModelCard, check_card, read_card
 from batchproc.learning.inputs import CHANNELS
 
@@ -45,26 +47,26 @@ __all__ = [
     "show_model",
 ]
 
-CPU = "CPUExecutionProvider"
 _BUNDLED = Path(__file__).parent.parent / "models"
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model ready to score stamps. Picklable: it holds no session; each process makes its own, once.
+    """A model ready to score stamps. Picklable: it holds no backend; each process makes its own, once.
 
     Attributes
     ----------
     card : ModelCard
     file : str
-        The ONNX file.
+        The ``.onnx`` or ``.tflite`` file.
     variant : str
         The variant in use: ``float``, ``int8``.
     hash : str
         SHA-256 of the file.
     threads : int
     provider : str
-        ONNX Runtime's name of what computes; it is verified that this one is in use.
+        What computes: a name of ONNX Runtime's, `backends.LITERT` or `backends.EDGETPU`; it is verified that this one
+        is in use.
     """
 
     card: ModelCard
@@ -120,31 +122,28 @@ class Model:
         Raises
         ------
         ModelError
-            Stamps or features that do not fit the card, or a session that cannot be made as asked.
+            Stamps or features that do not fit the card, or a backend that cannot be had as asked.
         """
         stamps = stamps if hasattr(stamps, "shape") else np.asarray(stamps)
         self._check_stamps(stamps.shape)
         table = self._check_features(features, stamps.shape[0])
         scores = np.full((stamps.shape[0], len(self.classes)), np.nan, np.float32)
-        session = _session(self.file, self.hash, self.threads, self.provider)
+        backend = open_backend(self.file, self.hash, self.threads, self.provider)
         for start in range(0, len(scores), batch):
             rows = slice(start, start + batch)
-            scores[rows] = self._score(session, np.asarray(stamps[rows]), None if table is None else table[rows])
+            scores[rows] = self._score(backend, np.asarray(stamps[rows]), None if table is None else table[rows])
         return scores[:, 0] if len(self.classes) == 1 else scores
 
     def _score(
-        self, session: Any, stamps: NDArray[np.floating], features: NDArray[np.float32] | None
+        self, backend: Backend, stamps: NDArray[np.floating], features: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
-        tensor, scored = self.card.input.prepare(stamps)
+        tensor, scored = self.card.input_of(self.variant).prepare(stamps)
         given = [tensor]
         if features is not None:
             complete = np.asarray(np.all(np.isfinite(features), axis=1))
             scored = scored & complete
             given.append(np.where(complete[:, None], features, np.float32(0.0)))
-        names = [i.name for i in session.get_inputs()]
-        if len(names) != len(given):
-            raise ModelError(f"{self.file}: takes {len(names)} inputs ({', '.join(names)}), its card has {len(given)}")
-        out = np.asarray(session.run(None, dict(zip(names, given, strict=True)))[0], dtype=np.float32)
+        out = backend.run(given)
         if out.size != len(tensor) * len(self.classes):
             raise ModelError(
                 f"{self.file}: answered {out.shape} to {len(tensor)} stamps; expected ({len(tensor)}, "
@@ -220,7 +219,14 @@ def find_model(name_or_path: str | Path) -> Path:
     )
 
 
-def load_model(name_or_path: str | Path, threads: int = 1, *, variant: str | None = None, provider: str = CPU) -> Model:
+def load_model(
+    name_or_path: str | Path,
+    threads: int = 1,
+    *,
+    variant: str | None = None,
+    device: str = "cpu",
+    provider: str | None = None,
+) -> Model:
     """A model by name, or from its folder.
 
     Parameters
@@ -228,71 +234,71 @@ def load_model(name_or_path: str | Path, threads: int = 1, *, variant: str | Non
     name_or_path : str or Path
         A name that `list_models` knows, or a model folder.
     threads : int
-        Threads that ONNX Runtime may use, in each process.
-    variant : {"float", "int8"}, optional
-        By default the one on the card.
-    provider : str
-        ONNX Runtime's execution provider. If it cannot be had, that is an error, never a silent fall back to the CPU.
+        Threads that it may use, in each process.
+    variant : str, optional
+        ``float``, ``int8`` or another on the card. By default the card's default, or the first on the card that runs on
+        the device where that one does not.
+    device : {"cpu", "gpu", "edgetpu"}
+        What runs it. If that cannot be had, it is an error, here or where scoring begins, never a silent fall back to
+        the CPU: GPUs run ``.onnx``, Edge TPUs a ``.tflite`` that is compiled for them.
+    provider : str, optional
+        An execution provider of ONNX Runtime by its name, in place of a device.
 
     Raises
     ------
     ModelError
-        No such model, a card that is not understood, a file that is missing or not the one on the card.
+        No such model, a card that is not understood, a file that is missing, not the one on the card, or not for the
+        device, or packages that are missing or in each other's way.
     """
     folder = find_model(name_or_path)
     card = read_card(folder)
-    chosen = variant or card.default_variant
-    if chosen not in card.files:
-        raise ModelError(f"{folder / CARD}: no variant {chosen!r}; there are: {', '.join(card.files)}")
-    path, expected = folder / card.files[chosen]["path"], card.files[chosen]["sha256"]
+    chosen = variant or (card.default_variant if provider else _variant_for(folder, card, device))
+    path, found = _verified(folder, card, chosen)
+    computes = provider or provider_for(path, device)
+    if computes is None:
+        raise _unfit(folder, card, device)
+    check_installed(path)
+    return Model(card, str(path.resolve()), chosen, found, threads, computes)
+
+
+def _verified(folder: Path, card: ModelCard, variant: str) -> tuple[Path, str]:
+    """The file of a variant and its hash, which is the one on the card."""
+    if variant not in card.files:
+        raise ModelError(f"{folder / CARD}: no variant {variant!r}; there are: {', '.join(card.files)}")
+    path, expected = folder / card.files[variant]["path"], card.files[variant]["sha256"]
     found = file_hash(path)
     if found != expected:
         raise ModelError(
             f"{path}: SHA-256 {found[:16]}…, the card says {expected[:16]}…: not the file that was described. "
             f"Restore it, or write a new card"
         )
-    return Model(card, str(path.resolve()), chosen, found, threads, provider)
+    return path, found
+
+
+def _variant_for(folder: Path, card: ModelCard, device: str) -> str:
+    """The default variant, or the first on the card that runs on the device."""
+    for variant in (card.default_variant, *card.files):
+        if provider_for(folder / card.files[variant]["path"], device):
+            return variant
+    raise _unfit(folder, card, device)
+
+
+def _unfit(folder: Path, card: ModelCard, device: str) -> ModelError:
+    wanted = {
+        "cpu": "an .onnx file, or a .tflite file that is not compiled for the Edge TPU",
+        "gpu": "an .onnx file",
+        "edgetpu": f"a .tflite file from edgetpu_compiler (batchproc models check {folder} --device edgetpu says more)",
+    }
+    there = ", ".join(f"{variant} ({file['path']})" for variant, file in card.files.items())
+    return ModelError(
+        f"{folder / CARD}: device = {device!r}: found {there}; expected {wanted.get(device, 'cpu, gpu or edgetpu')}. "
+        f"Put such a variant on the card, or take another device"
+    )
 
 
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file; raises `ModelError` where there is none."""
-    return hashlib.sha256(_read(path)).hexdigest()
-
-
-@lru_cache(maxsize=8)
-def _session(file: str, expected: str, threads: int, provider: str) -> Any:
-    """The ONNX Runtime session of this process for a file, made once."""
-    import onnxruntime
-
-    data = _read(file)
-    if hashlib.sha256(data).hexdigest() != expected:
-        raise ModelError(f"{file}: has changed since the model was loaded")
-    if provider not in onnxruntime.get_available_providers():
-        raise ModelError(
-            f"provider {provider} is not in this ONNX Runtime "
-            f"(it has {', '.join(onnxruntime.get_available_providers())}); install the package that brings it"
-        )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = threads
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    # A thread that spins while it waits takes a core from the worker next to it.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    options.log_severity_level = 3  # errors only; they are raised
-    try:
-        session = onnxruntime.InferenceSession(data, options, providers=[provider])
-    except Exception as error:  # ONNX Runtime's exceptions share no base class
-        raise ModelError(f"{file}: ONNX Runtime cannot load it: {error}") from error
-    if session.get_providers()[0] != provider:
-        raise ModelError(f"{file}: asked for {provider}, ONNX Runtime uses {session.get_providers()[0]}")
-    return session
-
-
-def _read(path: str | Path) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror})") from error
+    return hashlib.sha256(read_bytes(path)).hexdigest()
 
 
 # --- What `batchproc models` does -------------------------------------------------------------------------------------
@@ -321,7 +327,7 @@ def add_model(path: str | Path, name: str | None = None) -> Path:
     """
     source = Path(path)
     if not (source / CARD).is_file():
-        raise ModelError(f"{source}: a model is a folder with a {CARD} and the ONNX files it names; no {CARD} here")
+        raise ModelError(f"{source}: a model is a folder with a {CARD} and the files it names; no {CARD} here")
     card = read_card(source)
     card = replace(card, name=name or card.name)
     check_card(card, source / CARD)
@@ -339,41 +345,83 @@ def add_model(path: str | Path, name: str | None = None) -> Path:
     return target
 
 
-def check_model(name_or_path: str | Path) -> list[str]:
+def check_model(name_or_path: str | Path, device: str = "cpu") -> list[str]:
     """Verify the hashes of a model's files, that each variant runs, gives probabilities, and leaves blanks unscored.
+
+    Parameters
+    ----------
+    name_or_path : str or Path
+    device : {"cpu", "gpu", "edgetpu"}
+        Variants that are not for it are not run. For an Edge TPU every TFLite file is also held against what its
+        compiler takes, and one that is compiled is run.
 
     Returns
     -------
     list of str
-        What was found to hold, one line a variant.
+        What was found to hold, one line a variant and more where there is more to say.
 
     Raises
     ------
     ModelError
-        The first thing that does not hold.
+        The first thing that does not hold: nothing for this device among the variants is such a thing.
     """
     folder = find_model(name_or_path)
     card = read_card(folder)
-    stamps, features = _specimens(card)
-    lines, answers = [], {}
-    for variant in card.files:
-        model = load_model(folder, variant=variant)
-        scores = model.predict(stamps, features)
-        if not np.isnan(scores[-1]).all():
-            raise ModelError(f"{model.file}: a stamp without data got the score {scores[-1]}")
-        if not np.isfinite(scores[:-1]).all() or scores[:-1].min() < 0 or scores[:-1].max() > 1:
-            raise ModelError(
-                f"{model.file}: scores from {np.nanmin(scores[:-1])} to {np.nanmax(scores[:-1])}; expected "
-                f"probabilities (a model that answers logits needs a final sigmoid or softmax)"
-            )
-        answers[variant] = scores[:-1]
-        lines.append(f"{variant}: {Path(model.file).name} is the file on the card, runs on {model.provider}")
+    paths = {variant: _verified(folder, card, variant)[0] for variant in card.files}
+    lines = list(_edgetpu_verdicts(folder, card, paths)) if device == "edgetpu" else []
+    runnable = [variant for variant, path in paths.items() if provider_for(path, device)]
+    if not runnable and not lines:
+        raise _unfit(folder, card, device)
+    answers = {}
+    for variant, path in paths.items():
+        if variant in runnable:
+            model = load_model(folder, variant=variant, device=device)
+            answers[variant] = _try_out(model)
+            lines.append(f"{variant}: {path.name} is the file on the card, runs on {model.provider}")
+        elif device != "edgetpu":
+            lines.append(f"{variant}: {path.name} is the file on the card, is not for {device}: not run")
+    return [*lines, *_differences(answers)]
+
+
+def _try_out(model: Model) -> NDArray[np.float32]:
+    """Scores of the generated stamps that are not blank."""
+    scores = model.predict(*_specimens(model.card))
+    if not np.isnan(scores[-1]).all():
+        raise ModelError(f"{model.file}: a stamp without data got the score {scores[-1]}")
+    if not np.isfinite(scores[:-1]).all() or scores[:-1].min() < 0 or scores[:-1].max() > 1:
+        raise ModelError(
+            f"{model.file}: scores from {np.nanmin(scores[:-1])} to {np.nanmax(scores[:-1])}; expected "
+            f"probabilities (a model that answers logits needs a final sigmoid or softmax)"
+        )
+    return scores[:-1]
+
+
+def _differences(answers: dict[str, NDArray[np.float32]]) -> Iterator[str]:
     reference = answers.get("float")
     for variant, scores in answers.items():
         if reference is not None and variant != "float":
             worst = float(np.max(np.abs(scores - reference)))
-            lines.append(f"{variant}: differs from float by at most {worst:.3f} on {len(scores)} generated stamps")
-    return lines
+            yield f"{variant}: differs from float by at most {worst:.3f} on {len(scores)} generated stamps"
+
+
+def _edgetpu_verdicts(folder: Path, card: ModelCard, paths: dict[str, Path]) -> Iterator[str]:
+    """A line for each TFLite file; raises `ModelError` where none is for the Edge TPU."""
+    from batchproc.io.backends.edgetpu import inspect
+    from batchproc.io.backends.litert import load_runtime
+
+    files = {variant: path for variant, path in paths.items() if path.suffix == ".tflite"}
+    found = {v: inspect(str(path), read_bytes(path), load_runtime(path)) for v, path in files.items()}
+    if all(verdict.problems for verdict in found.values()):
+        told = "; ".join(f"{variant}: {verdict}" for variant, verdict in found.items()) or "no .tflite file"
+        raise ModelError(
+            f"{folder / CARD}: nothing for the Edge TPU: found {told}; expected int8 from end to end, batch 1, "
+            f"operators that it has. Quantise the model to full integers, or leave out those operators"
+        )
+    for variant, verdict in found.items():
+        yield f"{variant}: {files[variant].name} is {verdict}"
+    if not any(verdict.compiled for verdict in found.values()):
+        ready = next(files[variant] for variant, verdict in found.items() if not verdict.problems)
+        yield f"to run it there: edgetpu_compiler {ready}; then put what that writes on the card as a variant"
 
 
 def _specimens(card: ModelCard) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:

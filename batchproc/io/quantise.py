@@ -77,8 +77,9 @@ def quantise_model(name_or_path: str | Path, stamps: NDArray[np.floating], *, to
     """
     folder = find_model(name_or_path)
     card = read_card(folder)
-    if "float" not in card.files:
-        raise ModelError(f"{folder / CARD}: no float variant to start from; there are: {', '.join(card.files)}")
+    if not card.files.get("float", {}).get("path", "").endswith(".onnx"):
+        there = ", ".join(f"{variant} ({file['path']})" for variant, file in card.files.items())
+        raise ModelError(f"{folder / CARD}: no float variant in ONNX to start from; there are: {there}")
     exact = load_model(folder, variant="float")
     reference = exact.predict(stamps)
     tensor = _calibration(card, stamps)
@@ -86,6 +87,8 @@ def quantise_model(name_or_path: str | Path, stamps: NDArray[np.floating], *, to
     with TemporaryDirectory(dir=folder) as scratch:
         trial = Path(scratch) / FILE
         trial.write_bytes(data)
+        files = {**card.files, "int8": {**card.files["float"], "path": FILE, "sha256": file_hash(trial)}}
+        card = replace(card, files=files)
         scores = Model(card, str(trial), "int8", file_hash(trial)).predict(stamps)
     found = agreement(reference, scores, card.threshold)
     if not found.mean_difference <= tolerance:
@@ -94,14 +97,13 @@ def quantise_model(name_or_path: str | Path, stamps: NDArray[np.floating], *, to
             f"{found.n_stamps} stamps (at most {found.largest_difference:.3f}); allowed: {tolerance}. Nothing written"
         )
     write_bytes(folder / FILE, data)
-    files = {**card.files, "int8": {"path": FILE, "sha256": file_hash(folder / FILE)}}
     notes = {"method": "static, QDQ, int8 per channel, uint8 activations by minimum and maximum", **asdict(found)}
-    write_text(folder / CARD, replace(card, files=files, quantisation=notes).to_toml())
+    write_text(folder / CARD, replace(card, quantisation=notes).to_toml())
     return found
 
 
 def _calibration(card: ModelCard, stamps: NDArray[np.floating]) -> NDArray[np.float32]:
-    tensor, scored = card.input.prepare(stamps)
+    tensor, scored = card.input_of("float").prepare(stamps)
     if scored.sum() < FEWEST_STAMPS:
         raise ModelError(
             f"model {card.name}: {scored.sum()} usable stamps to calibrate on; at least {FEWEST_STAMPS} are needed, "

@@ -69,6 +69,11 @@ class RunFolder:
         return self.path / "manifest.parquet"
 
     @property
+    def submission(self) -> Path:
+        """``log/submission.json``: the job that drives the run, where it was submitted; see `batchproc.submit`."""
+        return self.log / "submission.json"
+
+    @property
     def config_file(self) -> Path:
         """``config.toml``."""
         return self.path / "config.toml"

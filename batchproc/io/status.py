@@ -7,6 +7,7 @@ of the driver that wrote them, so that another machine's may differ.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
@@ -24,7 +25,7 @@ from batchproc.io.index import iter_markers
 from batchproc.io.progress import iter_failures
 from batchproc.io.run_folder import RunFolder
 
-__all__ = ["Driver", "Status", "read_status"]
+__all__ = ["Driver", "Status", "Submitted", "read_status", "read_submitted"]
 
 _OLD_S = 60.0  # a driver that was heard of longer ago is not at work
 _SKEW_S = 3600.0  # clocks of machines that work together differ by less
@@ -70,6 +71,23 @@ class Driver:
 
 
 @dataclass(frozen=True)
+class Submitted:
+    """The job that drives a run, as it was handed in last.
+
+    Attributes
+    ----------
+    job, name : str
+        Number and name on the queue.
+    again : str
+        The command that submits the run again.
+    """
+
+    job: str
+    name: str
+    again: str
+
+
+@dataclass(frozen=True)
 class Status:
     """How far a run has come.
 
@@ -92,6 +110,8 @@ class Status:
         Until the driver has done what it was asked for; None where none is at work, or nothing is known.
     driver : Driver or None
         None where there has never been one.
+    submitted : Submitted or None
+        The job that drives it, where `batchproc submit` put it on a queue.
     """
 
     run: str
@@ -108,6 +128,16 @@ class Status:
     rate: float = 0.0
     seconds_left: float | None = None
     driver: Driver | None = None
+    submitted: Submitted | None = None
+
+
+def read_submitted(folder: RunFolder) -> Submitted | None:
+    """The job that a run was submitted as, also before it has begun; None where it was not."""
+    try:
+        record = json.loads(folder.submission.read_text())
+        return Submitted(record["job"], record["name"], record["again"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def read_status(folder: RunFolder) -> Status:
@@ -143,6 +173,7 @@ def read_status(folder: RunFolder) -> Status:
         rate=rate,
         seconds_left=max(0, to_do) / rate if driver and driver.running and rate else None,
         driver=driver,
+        submitted=read_submitted(folder),
     )
 
 

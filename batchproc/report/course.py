@@ -44,11 +44,11 @@ def course_section(course: Course) -> dict[str, Any]:
 
 
 def draw_course(course: Course) -> str:
-    """Images finished, failures by cause, and workers, over the time since the run began; grey where no driver was."""
+    """Images done, images failed by cause, and workers, over the time since the run began; grey where no driver was."""
     end = max(float(course.drivers[:, 1].max()), 1e-3)
     unit, name = next((unit, name) for least, unit, name in _UNITS if end >= least)
-    causes = sorted(course.failed, key=lambda cause: -len(course.failed[cause]))
-    panels = ["images done"] + ["failures"] * bool(causes) + ["workers"] * bool(len(course.workers))
+    causes = sorted(course.failed, key=lambda cause: -np.cumsum(course.failed[cause][:, 1]).max())
+    panels = ["images done"] + ["images failed"] * bool(causes) + ["workers"] * bool(len(course.workers))
 
     def draw(figure: Figure) -> None:
         heights = [2.0] + [1.0] * (len(panels) - 1)
@@ -58,14 +58,15 @@ def draw_course(course: Course) -> str:
             axis.yaxis.get_major_locator().set_params(integer=True)
             for before, after in zip(course.drivers[:-1, 1], course.drivers[1:, 0], strict=True):
                 axis.axvspan(before / unit, after / unit, color=MUTED, alpha=0.25, linewidth=0)
-        _grow(axes[0], course.done / unit, end / unit, color=BLUE)
+        _count(axes[0], course.done, unit, end, color=BLUE)
         if causes:
             for cause, colour in zip(causes[:_MOST_CAUSES], _CAUSE_COLOURS, strict=False):
-                _grow(axes[1], course.failed[cause] / unit, end / unit, color=colour, label=cause)
+                _count(axes[1], course.failed[cause], unit, end, color=colour, label=cause)
             others = [course.failed[cause] for cause in causes[_MOST_CAUSES:]]
             if others:
-                times = np.sort(np.concatenate(others))
-                _grow(axes[1], times / unit, end / unit, color=MUTED, label=f"{len(others)} other causes")
+                changes = np.concatenate(others)
+                changes = changes[np.argsort(changes[:, 0], kind="stable")]
+                _count(axes[1], changes, unit, end, color=MUTED, label=f"{len(others)} other causes")
             axes[1].legend(loc="best", fontsize=8)
         if len(course.workers):
             _steps(axes[-1], course.workers[:, 0] / unit, course.workers[:, 1], end / unit)
@@ -73,14 +74,14 @@ def draw_course(course: Course) -> str:
             axis.set_ylim(bottom=0)
         axes[-1].set_xlabel(f"{name} since the run began")
 
-    return to_svg("course", "Images finished over time", draw, width=7.2, height=1.9 + 0.9 * (len(panels) - 1))
+    return to_svg("course", "Images finished over time", draw, width=12.4, height=2.3 + 1.0 * (len(panels) - 1))
 
 
-def _grow(axis: Axes, times: NDArray, end: float, **how: Any) -> None:
-    """How many there have been, at each moment."""
-    chosen = _some(len(times))
-    x = np.concatenate([[0.0], times[chosen], [end]])
-    y = np.concatenate([[0], chosen + 1, [len(times)]])
+def _count(axis: Axes, changes: NDArray[np.float64], unit: float, end: float, **how: Any) -> None:
+    """How many there are, at each moment."""
+    chosen, counts = _some(len(changes)), np.cumsum(changes[:, 1])
+    x = np.concatenate([[0.0], changes[chosen, 0], [end]]) / unit
+    y = np.concatenate([[0.0], counts[chosen], counts[-1:] if len(counts) else [0.0]])
     axis.plot(x, y, drawstyle="steps-post", **how)
 
 

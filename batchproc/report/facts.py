@@ -246,13 +246,13 @@ def _add_filter(images: pd.DataFrame, catalogue: pd.DataFrame) -> pd.DataFrame:
 
 
 def _read_focal_planes(folder: RunFolder) -> pd.DataFrame | None:
-    """Images that belong to an exposure, in the order of time; None where `batchproc finish` has to make the table."""
+    """All images of the manifest, in the order of time; None where `batchproc finish` has to make the table."""
     columns = ["exposure_id", "ccd", "mjd", "status", "n_candidates", "fwhm_new", "seeing", "depth"]
     try:
         table = pd.read_parquet(folder.path / "focal_planes.parquet", columns=columns)
     except (OSError, ValueError):  # not there, or torn: no reason to have no report
         return None
-    return table[table["exposure_id"] != ""].sort_values("mjd", kind="stable", ignore_index=True)
+    return table.sort_values("mjd", kind="stable", ignore_index=True)
 
 
 def _inputs(folder: RunFolder) -> dict[str, Any]:

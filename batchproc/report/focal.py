@@ -35,7 +35,9 @@ class FocalPlanes:
     Attributes
     ----------
     exposures, ccds, done, images : int
-        Distinct ones; images that were done, and all, when the table was made.
+        Distinct ones; images that were done, and all of the manifest, when the table was made.
+    unplaced : int
+        Of these, how many belong to no known exposure: they are not in the picture.
     shown : int
         Exposures in the picture.
     svg : str
@@ -46,12 +48,15 @@ class FocalPlanes:
     ccds: int
     done: int
     images: int
+    unplaced: int
     shown: int
     svg: str
 
 
 def focal_section(table: pd.DataFrame) -> FocalPlanes | None:
     """The section, of `Facts.focal_planes`; None where these are not several images of known exposures."""
+    total, done = len(table), int((table["status"] == "done").sum())
+    table = table[table["exposure_id"] != ""]
     everything = table["exposure_id"].unique()
     ccds = sorted(table["ccd"].unique(), key=_natural)
     if len(everything) * len(ccds) < 2:
@@ -60,8 +65,9 @@ def focal_section(table: pd.DataFrame) -> FocalPlanes | None:
     return FocalPlanes(
         exposures=len(everything),
         ccds=len(ccds),
-        done=int((table["status"] == "done").sum()),
-        images=len(table),
+        done=done,
+        images=total,
+        unplaced=total - len(table),
         shown=len(shown),
         svg=_draw(table[table["exposure_id"].isin(shown)], list(shown), ccds),
     )

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from batchproc.io.events import FINISHED
+
 __all__ = ["Course", "read_course"]
 
 _TROUBLE = ("image_retried", "image_lost", "image_overdue")
@@ -25,10 +27,11 @@ class Course:
     ----------
     begun : str
         When that was, UTC.
-    done : ndarray (n,)
-        When each image was finished.
+    done : ndarray (n, 2)
+        When the number of images that are done changed, and by how much: 1 with most, less where results were taken
+        back, more where a killed driver could not tell of its last ones.
     failed : dict
-        By "step: type of error": when images failed so.
+        By "step: type of error": the same of the images that have failed so, and have not been mended.
     workers : ndarray (m, 2)
         From when on there were how many.
     drivers : ndarray (k, 2)
@@ -50,11 +53,68 @@ class Course:
         return float((self.drivers[:, 1] - self.drivers[:, 0]).sum())
 
 
+class _Tally:
+    """How many images are done and failed, each once; what the disk held when a driver began goes before its log."""
+
+    def __init__(self) -> None:
+        self.done = array("d")
+        self.failed: dict[str, array[float]] = {}
+        self._n = 0
+        self._causes: dict[str, str] = {}  # of the images that have failed
+        self._standing: set[str] = set()  # of these, what is taken for failed on the disk where this driver began
+        self._ended: set[int] = set()  # with this driver; hashes, for there may be millions
+
+    def begin(self, now: float, event: Mapping[str, Any]) -> None:
+        """A driver begins: so many images had ended that are not its own to do."""
+        self._ended.clear()
+        self._standing.clear()
+        before = event.get("before")
+        if event.get("command") == "retry" or not isinstance(before, int):  # it tells of nothing but what it tries
+            return
+        if before < len(self._causes):
+            for image_id in list(self._causes):
+                self._mend(now, image_id)
+        self._standing.update(self._causes)
+        self._count(now, before - len(self._causes) - self._n)
+
+    def end(self, now: float, image_id: str, cause: str | None) -> None:
+        """An image is done, or failed; one whose result was found damaged ends again."""
+        known = hash(image_id) in self._ended
+        if image_id in self._standing:  # it was not: its failure was taken back, and another image is done
+            self._standing.remove(image_id)
+            self._count(now, 1)
+        if cause is None:
+            self._mend(now, image_id)
+            if not known:
+                self._ended.add(hash(image_id))
+                self._count(now, 1)
+        elif self._causes.get(image_id) != cause:
+            self._mend(now, image_id)
+            self._causes[image_id] = cause
+            self.failed.setdefault(cause, array("d")).extend((now, 1))
+        if cause is not None and known:
+            self._ended.remove(hash(image_id))
+            self._count(now, -1)
+
+    def _mend(self, now: float, image_id: str) -> None:
+        if cause := self._causes.pop(image_id, None):
+            self.failed[cause].extend((now, -1))
+
+    def _count(self, now: float, change: int) -> None:
+        if change:
+            self._n += change
+            self.done.extend((now, change))
+
+
+def _changes(pairs: array[float]) -> NDArray[np.float64]:
+    changes = np.array(pairs).reshape(-1, 2)
+    return changes[np.argsort(changes[:, 0], kind="stable")]
+
+
 def read_course(events: Iterable[Mapping[str, Any]]) -> Course | None:
-    """The `Course` that events tell; None where no driver wrote any. Keeps eight bytes an image."""
+    """The `Course` that events tell; None where no driver wrote any. Keeps some hundred bytes an image."""
     first, begun = None, ""
-    done = array("d")
-    failed: dict[str, array[float]] = {}
+    tally = _Tally()
     workers: list[tuple[float, float]] = []
     drivers: list[list[float]] = []
     trouble: Counter[str] = Counter()
@@ -71,11 +131,11 @@ def read_course(events: Iterable[Mapping[str, Any]]) -> Course | None:
             workers += [(drivers[-1][1], 0.0)] if drivers else []  # a killed one could not say that they left
             drivers.append([now, now])
         drivers[-1][1] = max(drivers[-1][1], now)
-        if kind == "image_done":
-            done.append(now)
-        elif kind in ("image_failed", "image_bug"):
-            cause = f"{event.get('stage', '?')}: {event.get('error', '?')}"
-            failed.setdefault(cause, array("d")).append(now)
+        if kind == "run_begun":
+            tally.begin(now, event)
+        elif kind in FINISHED:
+            cause = None if kind == "image_done" else f"{event.get('stage', '?')}: {event.get('error', '?')}"
+            tally.end(now, str(event.get("image_id")), cause)
         elif kind in _TROUBLE:
             trouble[kind] += 1
         if kind in ("run_begun", "run_ended"):
@@ -86,8 +146,8 @@ def read_course(events: Iterable[Mapping[str, Any]]) -> Course | None:
         return None
     return Course(
         begun=begun,
-        done=np.sort(np.array(done)),
-        failed={cause: np.sort(np.array(times)) for cause, times in failed.items()},
+        done=_changes(tally.done),
+        failed={cause: _changes(changes) for cause, changes in tally.failed.items()},
         workers=np.array(workers).reshape(-1, 2),
         drivers=np.array(drivers),
         trouble=dict(trouble),

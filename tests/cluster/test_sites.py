@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 GIVEN = {"system": "slurm", "cores": 4, "memory": "8GiB", "walltime": "02:00:00"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "cluster").glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "cluster").rglob("*.toml")), ids=lambda path: path.stem)
 def test_every_profile_of_ours_is_valid(path):
     """A profile in cluster/ is read without complaint, and so is what is commented out in it."""
     load_site(str(path))

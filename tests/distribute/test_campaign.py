@@ -165,6 +165,30 @@ def test_workers_that_die_at_random_blame_nobody(begun, random):
     assert len(words) == 60
 
 
+@pytest.mark.parametrize(("there", "trials", "status"), [(True, 3, "done"), (False, 1, "failed"), (True, 9, "failed")])
+def test_a_node_that_lacks_a_file_system_fails_nobody_at_once(begun, monkeypatch, tmp_path, there, trials, status):
+    """A file that the driver sees and the worker does not is tried again, elsewhere and later; one that nobody sees is
+    the image's fault, and so is one that no worker ever sees."""
+    path = tmp_path / "new.fits"
+    if there:
+        path.touch()
+
+    class Sick(Cluster):
+        def outcome(self, job, trial):
+            if self.trials["n1"] + 1 >= trials and there:
+                return super().outcome(job, trial)
+            self.trials["n1"] += 1
+            metadata = {"found": "no such file", "path": str(path)}
+            receipt = Receipt("n1", "failed", error="ReadError", message="no such file.", metadata=metadata)
+            return Outcome(Answer((receipt,), 0.1))
+
+    cluster = Sick(lambda items: items[0], fates=("done",))
+    (word,) = go(cluster, begun, monkeypatch, _runs.entries("n1"))
+    assert word.status == status
+    assert cluster.trials["n1"] == min(trials, 4)
+    assert ("file system" in word.message) == (there and status == "failed")
+
+
 def test_a_full_disk_stops_the_campaign_and_blames_nobody(begun, monkeypatch):
     """The error of the disk is the campaign's; no image has a last word for it."""
 

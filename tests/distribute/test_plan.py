@@ -144,3 +144,15 @@ def test_memory_is_held_against_what_a_worker_has(monkeypatch: pytest.MonkeyPatc
     spread = replace(plan, missing=1, wanted_spread="tiles")
     assert spread.fit(Where("local", 4)).need.bytes == 10**9 + 8 * 1024**2 * 72
     spread.fit(Where("local", 16)).check()
+
+
+def test_the_first_image_of_a_process_is_not_what_the_rest_will_be_like(tmp_path: Path) -> None:
+    """It loads and compiles; where there are others, time and memory are theirs."""
+    folder = _runs.begin(tmp_path / "run", "a", "b", "c")
+    for name, seconds, metadata in (("a", 60.0, {"first_of_process": True}), ("b", 2.0, {})):
+        costs = {"seconds": {"read": seconds}, "cpu_seconds": seconds, "peak_memory_mb": 10 * seconds}
+        _runs.store(folder, name, 3, **costs, metadata=metadata)
+        plan = plan_run(folder, folder.entries(), _runs.CONFIG)
+        assert plan.measured == 1
+        assert plan.cpu_seconds_per_image == seconds
+        assert plan.peak_memory_mb == 10 * seconds

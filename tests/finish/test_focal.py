@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -15,6 +17,8 @@ from batchproc.flow import process_image
 from batchproc.io.freeze import freeze
 from batchproc.io.packs import roll_up
 from batchproc.io.progress import ReceiptLog
+from batchproc.io.run_folder import RunFolder
+from batchproc.io.store import store_image
 from batchproc.records import ManifestEntry, Receipt
 from batchproc.report import write_report
 from tests import _runs
@@ -164,9 +168,41 @@ def test_the_report_shows_the_focal_planes_once_they_are_made(night):
     (night.path / "focal_planes.parquet").write_bytes(b"PAR1 and no more")
     assert 'id="focal"' not in write_report(night.path).read_text()
     table_of(night)
-    page = write_report(night.path).read_text()
-    section = page[page.index('id="focal"') : page.index("</section>", page.index('id="focal"'))]
-    assert "6 exposures of up to 4 CCDs; 23 of 24 images" in " ".join(section.split())
+    section = section_of(night)
+    assert "6 exposures of up to 4 CCDs; 23 of 24 images" in section
     assert section.count("<image") >= 3
     for title in ("candidates", "seeing (arcsec)", "5 σ depth (mag)"):
         assert title in section
+
+
+def test_failed_images_are_drawn_where_their_headers_put_them_and_all_are_counted(tmp_path):
+    """Of a manifest without exposures: by the numbers of a failure; who has none is counted all the same."""
+    folder, bare = RunFolder(tmp_path / "run"), [replace(e, exposure_id=None, ccd=None) for e in _night.entries(2)]
+    freeze(folder, bare, _runs.CONFIG, lambda: "")
+    for entry, known in zip(bare[:6], _night.entries(2), strict=False):
+        found = _night.result(known, 5)
+        quality = {**found.receipt.quality, "exposure_id": known.exposure_id, "ccd": known.ccd}
+        receipt = replace(found.receipt, quality=quality)
+        store_image(folder, entry, found.catalogue, found.stamps, receipt, _runs.CONFIG.image_digest)
+    failed = Receipt("e1-c2", "failed", stage="align", error="AlignError", message="found 2 matches, needs 8")
+    with ReceiptLog(folder) as log:
+        log.add(failed)
+        log.add(replace(failed, image_id="e1-c3", stage="read", error="ReadError"))
+    table_of(folder)
+    crosses = section_of(folder).count("<use")
+    assert "6 of 8 images were done" in section_of(folder)
+    assert "Of 2 neither manifest nor header told the exposure" in section_of(folder)
+    with ReceiptLog(folder) as log:
+        log.add(replace(failed, metadata={"exposure_id": "e1", "ccd": "2", "mjd": 60001.0}))
+    state, table = table_of(folder)
+    assert state == "made"
+    assert table.loc[6, ["exposure_id", "ccd", "mjd"]].tolist() == ["e1", "2", 60001.0]
+    assert "6 of 8 images were done" in section_of(folder)
+    assert "Of 1 neither manifest nor header told the exposure" in section_of(folder)
+    assert section_of(folder).count("<use") > crosses
+
+
+def section_of(folder):
+    page = write_report(folder.path).read_text()
+    start = page.index('id="focal"')
+    return " ".join(page[start : page.index("</section>", start)].split())

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from batchproc.errors import ModelError
+from batchproc.io.backends import open_backend
 from batchproc.io.cards import InputCard, ModelCard, read_card
 from batchproc.io.models import (
     CPU,
@@ -169,12 +170,10 @@ def test_a_model_travels_and_is_built_where_it_lands(toy):
 
 def test_the_session_is_made_once_a_process_with_its_threads_counted(toy):
     """One thread by default, none that spins."""
-    from batchproc.io.models import _session
-
     model = load_model(toy, threads=1)
-    session = _session(model.file, model.hash, model.threads, model.provider)
-    assert session is _session(model.file, model.hash, model.threads, model.provider)
-    options = session.get_session_options()
+    backend = open_backend(model.file, model.hash, model.threads, model.provider)
+    assert backend is open_backend(model.file, model.hash, model.threads, model.provider)
+    options = backend.session.get_session_options()
     assert (options.intra_op_num_threads, options.inter_op_num_threads) == (1, 1)
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
 
@@ -231,6 +230,8 @@ def test_a_card_is_read_as_it_was_written(tmp_path):
         ('path = "model.onnx"', 'path = "../model.onnx"', "in the model's own folder"),
         ('default_variant = "float"', 'default_variant = "int8"', "default_variant = 'int8'; there are: float"),
         ("size = 5", "size = 5 px", "not valid TOML"),
+        ('path = "model.onnx"', 'path = "model.h5"', r"path = 'model.h5': must end in .onnx or .tflite"),
+        ('path = "model.onnx"', 'path = "model.onnx"\nlayout = "HWC"', "layout = 'HWC'; known: NCHW, NHWC"),
     ],
 )
 def test_a_card_with_a_mistake_says_which(toy, old, new, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -567,3 +568,15 @@ def test_an_altered_value_is_never_believed(tmp_path, packed):
             except DamagedRunError:
                 told += 1
     assert told > 20
+
+
+def test_a_catalogue_without_its_end_is_named(run):
+    """Loose or packed: a reader says which file it is, and what to do."""
+    for packed in (False, True):
+        if packed:
+            _runs.store(run, "b", IMAGES["b"])
+            roll_up(run, 1, list(IMAGES))
+        path = find_places(run, ["b"])[0].catalogue(run)
+        os.truncate(path, path.stat().st_size // 2)
+        with pytest.raises(DamagedRunError, match=f"{re.escape(str(path))}: altered or cut short.*verify"):
+            open_catalogue(run.path)

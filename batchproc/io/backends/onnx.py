@@ -1,0 +1,104 @@
+"""ONNX files, run by ONNX Runtime on the CPU, CUDA or another of its providers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchproc.errors import ModelError
+from batchproc.io.backends.batches import Slot, Tensors, check_tensors, in_batches
+
+__all__ = ["OnnxBackend", "refuse_two_runtimes"]
+
+_FOR_CUDA = "pip uninstall onnxruntime onnxruntime-gpu; pip install onnxruntime-gpu"
+
+
+class OnnxBackend:
+    """A session of ONNX Runtime. Its `run` may be called from several threads.
+
+    Parameters
+    ----------
+    file : str
+        For messages.
+    data : bytes
+        The file.
+    threads : int
+    provider : str
+        ONNX Runtime's name of what must compute; it is verified.
+    """
+
+    def __init__(self, file: str, data: bytes, threads: int, provider: str) -> None:
+        self.file, self.provider = file, provider
+        self.session = _session(file, data, threads, provider)
+        self._slots = [Slot(i.name, tuple(_length(k) for k in i.shape)) for i in self.session.get_inputs()]
+
+    def run(self, tensors: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """See `batchproc.io.backends.Backend.run`."""
+        check_tensors(self.file, self._slots, tensors)
+        return in_batches(self._call, tensors, self._slots[0].shape[0])
+
+    def _call(self, tensors: Tensors) -> NDArray[np.float32]:
+        given = {slot.name: tensor for slot, tensor in zip(self._slots, tensors, strict=True)}
+        try:
+            return np.asarray(self.session.run(None, given)[0], dtype=np.float32)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise ModelError(f"{self.file}: ONNX Runtime cannot run it on {self.provider}: {error}") from error
+
+
+def _length(axis: Any) -> int | None:
+    """Of an axis; None for one that only has a name."""
+    return axis if isinstance(axis, int) and axis > 0 else None
+
+
+def _session(file: str, data: bytes, threads: int, provider: str) -> Any:
+    import onnxruntime
+
+    there = onnxruntime.get_available_providers()
+    if provider not in there:
+        advice = _FOR_CUDA if provider == "CUDAExecutionProvider" else "install the package that brings it"
+        raise ModelError(f"provider {provider} is not in this ONNX Runtime (it has {', '.join(there)}). {advice}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = threads
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    # A thread that spins while it waits takes a core from the worker next to it.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    options.log_severity_level = 3  # errors only; they are raised
+    try:
+        session = onnxruntime.InferenceSession(data, options, providers=[provider])
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        raise ModelError(f"{file}: ONNX Runtime cannot load it: {error}") from error
+    used = session.get_providers()[0]
+    if used != provider:
+        raise ModelError(
+            f"{file}: asked for {provider}, ONNX Runtime uses {used}: the device or its libraries cannot be used. "
+            f"See what `nvidia-smi` says on this machine and which CUDA and cuDNN this onnxruntime-gpu wants, or take "
+            f'device = "cpu"'
+        )
+    session.disable_fallback()  # nor where a run fails
+    return session
+
+
+def refuse_two_runtimes() -> None:
+    """Raise `ModelError` where ``onnxruntime`` and ``onnxruntime-gpu`` are both installed.
+
+    They write the same files, so what is found there is the one that came last, or a mixture.
+    """
+    found = {name: _version(name) for name in ("onnxruntime", "onnxruntime-gpu")}
+    if all(found.values()):
+        raise ModelError(
+            f"found {' and '.join(f'{name} {number}' for name, number in found.items())} in one environment; "
+            f"expected one of them: they overwrite each other's files. For a GPU:\n"
+            f"  pip uninstall onnxruntime onnxruntime-gpu\n  pip install onnxruntime-gpu"
+        )
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return ""
