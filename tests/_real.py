@@ -15,12 +15,17 @@ from batchproc.imaging.background import measure_background
 from batchproc.records import MaskBit
 
 
+def data(name: str) -> Path:
+    """A folder of the real data, or a skip that says what is missing."""
+    folder = Path(os.environ.get("BATCHPROC_TEST_DATA", "")) / name
+    if not os.environ.get("BATCHPROC_TEST_DATA") or not folder.is_dir():
+        pytest.skip(f"no real {name}: set BATCHPROC_TEST_DATA to the folder that holds {name}/")
+    return folder
+
+
 def images() -> Path:
     """The folder of real images, or a skip that says what is missing."""
-    folder = Path(os.environ.get("BATCHPROC_TEST_DATA", "")) / "images"
-    if not os.environ.get("BATCHPROC_TEST_DATA") or not folder.is_dir():
-        pytest.skip("no real images: set BATCHPROC_TEST_DATA to the folder that holds images/")
-    return folder
+    return data("images")
 
 
 def decam_pairs(folder: Path, n_pairs: int, *, size: int = 900, n_injected: int = 25, seed: int = 0):

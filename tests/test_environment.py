@@ -93,7 +93,8 @@ def test_runtime_install_stays_light(heavy):
 
 def test_extras_are_those_promised():
     """The README's extras exist."""
-    assert set(PYPROJECT["optional-dependencies"]) >= {"train", "hpc", "notebooks", "litert", "tflite", "bench", "dev"}
+    promised = {"train", "hpc", "notebooks", "litert", "tflite", "import", "alerts", "bench", "dev"}
+    assert set(PYPROJECT["optional-dependencies"]) >= promised
 
 
 def test_no_extra_replaces_a_package():

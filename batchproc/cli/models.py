@@ -35,14 +35,31 @@ def models_show(model: str) -> int:
     return 0
 
 
-@models.command("add", epilog=example("batchproc models add my_model/ --name mine"))
+@models.command(
+    "add", epilog=example("batchproc models add my_model/ --name mine", "batchproc models add braai d6_m7.h5")
+)
 @click.argument("path", type=click.Path(path_type=Path))
+@click.argument("weights", type=click.Path(path_type=Path), required=False)
 @click.option("--name", help="What it shall be called.  [default: the name on its card]")
-def models_add(path: Path, name: str | None) -> int:
-    """Check a model (a folder with card.toml and ONNX or TFLite files) and copy it to where runs find it by name."""
+@click.option("--normalisation", help="How the stamps were normalised that weights of your own were trained with.")
+def models_add(path: Path, weights: Path | None, name: str | None, normalisation: str | None) -> int:
+    """Check a model (a folder with card.toml and ONNX or TFLite files) and copy it to where runs find it by name.
+
+    `add braai WEIGHTS` makes the model of ZTF's network braai from its Keras weights (needs the extra 'import').
+    """
+    from batchproc.io.braai import add_braai
     from batchproc.io.models import add_model
 
-    click.echo(add_model(path, name))
+    if weights is None:
+        if normalisation is not None:
+            raise click.UsageError("--normalisation is for weights; a folder has its normalisation on its card")
+        if str(path) == "braai" and not path.is_dir():
+            raise click.UsageError("braai is made of its weights: batchproc models add braai d6_m7.h5")
+        click.echo(add_model(path, name))
+    elif str(path) == "braai":
+        click.echo(add_braai(weights, name, normalisation=normalisation))
+    else:
+        raise click.UsageError(f"{path} {weights}: two paths; the network that can be made of weights is braai")
     return 0
 
 

@@ -14,7 +14,7 @@ import tomli_w
 from numpy.typing import NDArray
 
 from batchproc.errors import ModelError
-from batchproc.learning.inputs import CHANNELS, LAYOUTS, NORMALISATIONS, to_tensor
+from batchproc.learning.inputs import CHANNELS, LAYOUTS, NORMALISATIONS, TRUNCATED, to_tensor
 
 __all__ = ["CARD", "InputCard", "ModelCard", "check_card", "read_card"]
 
@@ -39,6 +39,10 @@ class InputCard:
     """Fraction of the pixels of each channel that must hold data; with fewer, a stamp is not scored."""
     features: tuple[str, ...] = ()
     """Catalogue columns that it takes besides the stamp, in its order."""
+    truncated: str = "centre"
+    """Where stamps that are not square go: "centre", or "corner" for padding at the bottom and right only."""
+    padding: float = 0.0
+    """What stands, after normalising, where its input reaches beyond a stamp."""
 
     def prepare(self, stamps: NDArray[np.floating]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """The tensor that the model wants of raw stamps ``(n, 3, h, w)``, and which of them can be scored."""
@@ -49,6 +53,8 @@ class InputCard:
             channels=self.channels,
             layout=self.layout,
             min_finite=self.min_finite,
+            truncated=self.truncated,
+            padding=self.padding,
         )
 
 
@@ -144,6 +150,10 @@ def _problems(card: ModelCard) -> Iterator[str]:
         yield f"input.channels = {list(wanted.channels)}; known: {', '.join(CHANNELS)}"
     if wanted.layout not in LAYOUTS:
         yield f"input.layout = {wanted.layout!r}; known: {', '.join(LAYOUTS)}"
+    if wanted.truncated not in TRUNCATED:
+        yield f"input.truncated = {wanted.truncated!r}; known: {', '.join(TRUNCATED)}"
+    if not isinstance(wanted.padding, float | int) or not abs(wanted.padding) < np.inf:
+        yield f"input.padding = {wanted.padding!r}: must be a finite number"
     if not isinstance(wanted.min_finite, float | int) or not 0 <= wanted.min_finite <= 1:
         yield f"input.min_finite = {wanted.min_finite!r}: must be 0 to 1"
     if not isinstance(card.threshold, float | int) or not 0 <= card.threshold <= 1:

@@ -137,7 +137,10 @@ def quantise_onnx(path: Path, tensor: NDArray[np.float32]) -> bytes:
             batch = next(self._batches, None)
             return None if batch is None else {self._name: batch}
 
-    graph = onnx.load(path).graph
+    model = onnx.load(path)
+    graph = model.graph
+    for k, node in enumerate(graph.node):
+        node.name = node.name or f"node{k}"  # to except one without a name is to except all of them
     products = [node.name for node in graph.node if node.op_type in ("Gemm", "MatMul")]
     with TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -145,7 +148,7 @@ def quantise_onnx(path: Path, tensor: NDArray[np.float32]) -> bytes:
         logging.root.setLevel(logging.ERROR)  # it recommends, on the root logger, what was done the line before
         try:
             prepared, out = Path(scratch) / "prepared.onnx", Path(scratch) / FILE
-            quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
+            quant_pre_process(model, str(prepared), skip_symbolic_shape=True)
             quantize_static(
                 str(prepared),
                 str(out),

@@ -7,18 +7,22 @@ has too little to judge is decided here too: it is *not scored*.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-__all__ = ["CHANNELS", "LAYOUTS", "NORMALISATIONS", "NO_DATA_LIMIT", "crop_or_pad", "to_tensor"]
+__all__ = ["CHANNELS", "LAYOUTS", "NORMALISATIONS", "NO_DATA_LIMIT", "TRUNCATED", "crop_or_pad", "to_tensor"]
 
 #: The channels of a stamp, in the order in which the pipeline cuts them.
 CHANNELS = ("new", "ref", "difference")
 #: Orders of the axes of a tensor: n stamps, c channels, h rows, w columns.
 LAYOUTS = ("NCHW", "NHWC")
+#: Where a stamp goes that the edge of an image has cut off (one that is not square): with its middle on the tensor's,
+#: or with its first pixel on the tensor's first, so that rows are missing at the bottom and columns at the right, which
+#: is how those who score ZTF's alerts pad them.
+TRUNCATED = ("centre", "corner")
 #: A pixel of this size or larger is no measurement: some surveys fill blank pixels with −3.4e38, whose square
 #: overflows float32.
 NO_DATA_LIMIT = 1e30
@@ -34,6 +38,8 @@ def to_tensor(
     channels: Sequence[str] = CHANNELS,
     layout: str = "NCHW",
     min_finite: float = 0.5,
+    truncated: str = "centre",
+    padding: float = 0.0,
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Prepare a chunk of stamps for a model.
 
@@ -53,43 +59,54 @@ def to_tensor(
     min_finite : float
         A stamp is scored only if in *each* channel at least this fraction of the pixels that the model looks at hold
         data, and at least one of them.
+    truncated : {"centre", "corner"}
+        Where stamps with ``h != w`` go, see `TRUNCATED`. Square ones are centred always.
+    padding : float
+        What stands, *after* normalising, where the tensor reaches beyond the stamp.
 
     Returns
     -------
     tensor : ndarray (n, c, size, size) or (n, size, size, c) float32
-        Always finite; pixels without data hold 0, which every recipe here makes "empty sky". Zeros throughout for
-        stamps that are not scored.
+        Always finite; pixels of the stamp without data hold 0, which every recipe here makes "empty sky". Zeros
+        throughout for stamps that are not scored.
     scored : ndarray (n,) bool
         False: too little data; whatever a model makes of it is not a score.
 
     Raises
     ------
     ValueError
-        An unknown normalisation, channel or layout, or stamps that are not ``(n, 3, h, w)``.
+        An unknown normalisation, channel, layout or place of truncated stamps, or stamps that are not
+        ``(n, 3, h, w)``.
     """
-    if normalisation not in NORMALISATIONS:
-        raise ValueError(f"unknown normalisation {normalisation!r}; known: {', '.join(NORMALISATIONS)}")
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
+    _check_name("normalisation", normalisation, NORMALISATIONS)
+    _check_name("layout", layout, LAYOUTS)
     if stamps.ndim != 4 or stamps.shape[1] != len(CHANNELS):
         raise ValueError(f"stamps of shape {stamps.shape}; expected (n, {len(CHANNELS)}, h, w): {', '.join(CHANNELS)}")
-    pixels = crop_or_pad(stamps, size)  # a copy: (n, 3, size, size)
+    pixels = crop_or_pad(stamps, size, truncated=truncated)  # a copy: (n, 3, size, size)
     if tuple(channels) != CHANNELS:
         pixels = np.ascontiguousarray(pixels[:, [_channel_index(name) for name in channels]])
-    scored = _blank_the_unusable(pixels, max(1.0, min_finite * size * size))
+    filler = np.float32(np.inf if normalisation in _TOLD_OF_FILLERS else np.nan)
+    scored = _blank_the_unusable(pixels, max(1.0, min_finite * size * size), filler)
     tensor = NORMALISATIONS[normalisation](pixels)
+    if padding:
+        _fill_around(tensor, scored, *_places(stamps.shape, size, truncated), padding)
     return (np.ascontiguousarray(tensor.transpose(0, 2, 3, 1)) if layout == "NHWC" else tensor), scored
 
 
-def crop_or_pad(stamps: NDArray[np.floating], size: int) -> NDArray[np.float32]:
+def _check_name(what: str, name: str, known: Iterable[str]) -> None:
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r}; known: {', '.join(known)}")
+
+
+def crop_or_pad(stamps: NDArray[np.floating], size: int, *, truncated: str = "centre") -> NDArray[np.float32]:
     """Copy of stamps ``(n, c, h, w)`` as ``(n, c, size, size)`` float32 with pixel ``(h // 2, w // 2)`` at the middle.
 
     Equivalent to padding with NaN without end and cutting ``size`` pixels around the centre: the same candidate gives
-    the same input whatever the size of the stamp it came in. Values beyond float32 become infinite.
+    the same input whatever the size of the stamp it came in. Values beyond float32 become infinite. With `truncated`
+    "corner", stamps with ``h != w`` lose nothing and are padded at the bottom and right only, where they are smaller.
     """
-    n, c, h, w = stamps.shape
-    rows, rows_in = _overlap(h, size)
-    columns, columns_in = _overlap(w, size)
+    n, c = stamps.shape[:2]
+    (rows, rows_in), (columns, columns_in) = _places(stamps.shape, size, truncated)
     whole = (rows.stop - rows.start, columns.stop - columns.start) == (size, size)
     out = np.empty((n, c, size, size), np.float32) if whole else np.full((n, c, size, size), np.nan, np.float32)
     with np.errstate(over="ignore"):
@@ -97,22 +114,48 @@ def crop_or_pad(stamps: NDArray[np.floating], size: int) -> NDArray[np.float32]:
     return out
 
 
-def _overlap(length: int, size: int) -> tuple[slice, slice]:
+def _places(shape: tuple[int, ...], size: int, truncated: str) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Of rows and of columns: where those of stamps ``(n, c, h, w)`` land in a tensor, and which of them do."""
+    _check_name("place of truncated stamps", truncated, TRUNCATED)
+    h, w = shape[2:]
+    at_the_corner = truncated == "corner" and h != w
+    return _overlap(h, size, at_the_corner), _overlap(w, size, at_the_corner)
+
+
+def _overlap(length: int, size: int, at_the_corner: bool) -> tuple[slice, slice]:
     """Where a stretch of `length` pixels lands in one of `size`, and which of its pixels do."""
     shift = length // 2 - size // 2  # pixel k of the output is pixel k + shift of the input
+    if at_the_corner:
+        shift = max(0, shift)
     start, stop = max(0, -shift), min(size, length - shift)
     return slice(start, stop), slice(start + shift, stop + shift)
 
 
+def _fill_around(
+    tensor: NDArray[np.float32],
+    scored: NDArray[np.bool_],
+    rows: tuple[slice, slice],
+    columns: tuple[slice, slice],
+    padding: float,
+) -> None:
+    """Write `padding` wherever the tensor ``(n, c, size, size)`` of a scored stamp reaches beyond the stamp."""
+    around = np.ones(tensor.shape[2:], np.bool_)
+    around[rows[0], columns[0]] = False
+    if around.any():
+        np.copyto(tensor, np.float32(padding), where=scored[:, None, None, None] & around)
+
+
 def _channel_index(name: str) -> int:
-    if name not in CHANNELS:
-        raise ValueError(f"unknown channel {name!r}; known: {', '.join(CHANNELS)}")
+    _check_name("channel", name, CHANNELS)
     return CHANNELS.index(name)
 
 
 @njit(cache=True, nogil=True)
-def _blank_the_unusable(pixels: NDArray[np.float32], needed: float) -> NDArray[np.bool_]:
-    """Make NaN of every pixel without data, and 0 of whole stamps with fewer than `needed` good ones in a channel."""
+def _blank_the_unusable(pixels: NDArray[np.float32], needed: float, filler: np.float32) -> NDArray[np.bool_]:
+    """Make NaN of every pixel without data, and 0 of whole stamps with fewer than `needed` good ones in a channel.
+
+    What is infinite or beyond `NO_DATA_LIMIT` becomes `filler`.
+    """
     n, c = pixels.shape[:2]
     flat = pixels.reshape(n, c, -1)
     scored = np.ones(n, np.bool_)
@@ -120,9 +163,10 @@ def _blank_the_unusable(pixels: NDArray[np.float32], needed: float) -> NDArray[n
         for j in range(c):
             good = 0
             for k in range(flat.shape[2]):
-                is_good = abs(flat[i, j, k]) < NO_DATA_LIMIT  # False for NaN
+                value = flat[i, j, k]
+                is_good = abs(value) < NO_DATA_LIMIT  # False for NaN
                 good += is_good
-                flat[i, j, k] = flat[i, j, k] if is_good else np.float32(np.nan)
+                flat[i, j, k] = filler if abs(value) >= NO_DATA_LIMIT else value
             if good < needed:
                 scored[i] = False
         if not scored[i]:
@@ -132,27 +176,75 @@ def _blank_the_unusable(pixels: NDArray[np.float32], needed: float) -> NDArray[n
 
 # --- The recipes: (n, c, size, size) float32 with NaN where there is no data → the same shape, finite -----------------
 
+#: Recipes for which it matters how a survey marks blank pixels: to these, infinite is what was infinite or beyond
+#: `NO_DATA_LIMIT`.
+_TOLD_OF_FILLERS = frozenset({"ztf-row-l2"})
+
 
 def _plain(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Pixels as they are, 0 for no data."""
+    """Pixels as they are, 0 for no data (LSST's meas_transiNet: with the channels difference, new, ref)."""
     return np.where(np.isnan(pixels), np.float32(0.0), pixels)
 
 
-def _l2(pixels: NDArray[np.float32], axes: tuple[int, ...]) -> NDArray[np.float32]:
-    values = _plain(pixels)
-    # In float64: the square of a large pixel overflows float32.
-    norm = np.sqrt(np.sum(np.square(values, dtype=np.float64), axis=axes, keepdims=True))
-    return (values / np.where(norm > 0, norm, 1.0)).astype(np.float32)
-
-
 def _row_l2(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Each row of each channel over its own Euclidean norm (braai d6_m7, the ``drb`` of ZTF's alert packets)."""
-    return _l2(pixels, (3,))
+    """Each row of each channel over its own Euclidean norm."""
+    return _over_norm(pixels.reshape(-1, pixels.shape[3]), np.inf).reshape(pixels.shape)
+
+
+def _ztf_row_l2(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Like `_row_l2`, but 0 for rows with a norm that overflows float32 (braai d6_m7: the ``drb`` of ZTF's packets).
+
+    ZTF fills blank pixels of templates with −3.4e38. Its norms are made in float32, so that one such pixel makes the
+    norm of its row infinite and the row 0; NaN counts as 0. On this ``drb`` was trained, and depends.
+    """
+    return _over_norm(pixels.reshape(-1, pixels.shape[3]), float(np.finfo(np.float32).max)).reshape(pixels.shape)
 
 
 def _image_l2(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
     """Each channel over its own Euclidean norm (braai d6_m9, ACAI, BTSbot)."""
-    return _l2(pixels, (2, 3))
+    n, c, size, _ = pixels.shape
+    return _over_norm(pixels.reshape(n * c, size * size), np.inf).reshape(pixels.shape)
+
+
+@njit(cache=True, nogil=True)
+def _over_norm(vectors: NDArray[np.float32], limit: float) -> NDArray[np.float32]:
+    """Vectors ``(m, k)`` over their Euclidean norms, 0 for NaN; all 0 where the norm is, or its square beyond `limit`.
+
+    Summed in float64: the square of a large pixel overflows float32.
+    """
+    out = np.zeros_like(vectors)
+    for i in range(vectors.shape[0]):
+        total = 0.0
+        for value in vectors[i]:
+            total += np.float64(value) * np.float64(value) if value == value else 0.0  # NaN differs from itself
+        if 0.0 < total <= limit:
+            norm = np.sqrt(total)
+            for k in range(vectors.shape[1]):
+                value = vectors[i, k]
+                out[i, k] = np.float64(value) / norm if value == value else 0.0
+    return out
+
+
+def _min_max(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Each channel less its least pixel, then over its largest: 0 to 1 (ALeRCE's stamp classifier)."""
+    n, c, size, _ = pixels.shape
+    return _zero_to_one(pixels.reshape(n * c, size * size)).reshape(pixels.shape)
+
+
+@njit(cache=True, nogil=True)
+def _zero_to_one(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``(x − min) / (max − min)`` of each row of ``(m, k)``, in float64; 0 for NaN and for constant rows."""
+    out = np.zeros_like(images)
+    for i in range(images.shape[0]):
+        low, high = np.inf, -np.inf
+        for value in images[i]:
+            low = min(low, value) if value == value else low  # NaN differs from itself
+            high = max(high, value) if value == value else high
+        if high > low:
+            for k in range(images.shape[1]):
+                value = images[i, k]
+                out[i, k] = (np.float64(value) - low) / (high - low) if value == value else 0.0
+    return out
 
 
 def _noise_log(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -228,6 +320,8 @@ def _compress(values: NDArray[np.float32], sky: float, noise: float, out: NDArra
 NORMALISATIONS: dict[str, Normalisation] = {
     "none": _plain,
     "row-l2": _row_l2,
+    "ztf-row-l2": _ztf_row_l2,
     "image-l2": _image_l2,
+    "min-max": _min_max,
     "noise-log": _noise_log,
 }

@@ -1,0 +1,70 @@
+"""Alert packets as ZTF's are, of any pixels; and what is wrong with some."""
+
+from __future__ import annotations
+
+import gzip
+import io
+
+import fastavro
+import numpy as np
+from astropy.io import fits
+
+CUTOUT = {
+    "type": "record",
+    "name": "cutout",
+    "fields": [{"name": "fileName", "type": "string"}, {"name": "stampData", "type": "bytes"}],
+}
+CANDIDATE = {
+    "type": "record",
+    "name": "candidate",
+    "fields": [
+        {"name": "ra", "type": "double"},
+        {"name": "fid", "type": "int"},
+        {"name": "drb", "type": ["null", "float"], "default": None},
+        {"name": "drbversion", "type": ["null", "string"], "default": None},
+    ],
+}
+SCHEMA = {
+    "type": "record",
+    "name": "alert",
+    "fields": [
+        {"name": "objectId", "type": "string"},
+        {"name": "candid", "type": "long"},
+        {"name": "candidate", "type": CANDIDATE},
+        {"name": "cutoutScience", "type": ["null", CUTOUT], "default": None},
+        {"name": "cutoutTemplate", "type": ["null", "cutout"], "default": None},
+        {"name": "cutoutDifference", "type": ["null", "cutout"], "default": None},
+    ],
+}
+NAMES = ("cutoutScience", "cutoutTemplate", "cutoutDifference")
+
+
+def fits_bytes(pixels, **cards):
+    """A FITS file of one image, and more cards in its header, whether they make sense or not."""
+    file = io.BytesIO()
+    fits.PrimaryHDU(np.asarray(pixels)).writeto(file)
+    header, rest = file.getvalue()[:2880], file.getvalue()[2880:]
+    more = "".join(f"{key:8}= {value!r:>20}".ljust(80) for key, value in cards.items())
+    return (header.rstrip().removesuffix(b"END") + more.encode() + b"END").ljust(2880) + rest
+
+
+def cutout(pixels, *, simple=b"SIMPLE  =  T"):
+    """As in a packet: gzipped, and with a first card that is not where FITS wants it."""
+    content = fits_bytes(pixels, BUNIT="DN")
+    return gzip.compress(simple.ljust(80) + content[80:] if simple else content)
+
+
+def record(candid, stamp, *, drb=None, **replaced):
+    """One alert; `replaced` are the bytes of cutouts, or None for no cutout."""
+    cutouts = {name: cutout(pixels) for name, pixels in zip(NAMES, stamp, strict=True)} | replaced
+    fields = {key: None if data is None else {"fileName": key, "stampData": data} for key, data in cutouts.items()}
+    version = None if drb is None else "d6_m7"
+    candidate = {"ra": 10.0 + candid, "fid": 1, "drb": drb, "drbversion": version}
+    return {"objectId": f"ZTF{candid}", "candid": candid, "candidate": candidate} | fields
+
+
+def packet(*records, schema=SCHEMA):
+    """The bytes of an Avro file."""
+    file = io.BytesIO()
+    fastavro.writer(file, schema, records, codec="null")
+    return file.getvalue()
