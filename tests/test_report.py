@@ -23,6 +23,7 @@ from batchproc.io.store import store_image
 from batchproc.records import CATALOGUE, Flag, ManifestEntry, Receipt
 from batchproc.report import write_report
 from batchproc.report.facts import HISTOGRAM_EDGES, gather_facts
+from batchproc.report.figures import steps
 from batchproc.report.stamps import triplet_png
 
 NORMAL = np.histogram(np.random.default_rng(0).standard_normal(200_000), HISTOGRAM_EDGES)[0]
@@ -193,6 +194,14 @@ def test_times_are_those_of_most_images_not_of_the_one_that_compiled(tmp_path):
     """The headline is the median, as that of the CPU time is."""
     make_run(tmp_path / "run", candidates=(3,) * 5, first_seconds=60.0)
     assert "1.6 s per image, median" in report(tmp_path / "run").words()
+
+
+def test_each_number_of_a_step_stands_below_its_name():
+    """The mean is not printed as if it were the value of the mark beside it."""
+    images = pd.DataFrame({"step:read": [1.0] * 8 + [2.0, 10.0], "step:psf": [3.0] * 10})
+    texts = re.findall(r"<text [^>]*>([^<]+)</text>", steps(images))
+    columns = texts[texts.index("mean") :][:6]
+    assert columns == ["mean", "2.00", "3.00", "90 %", "2.80", "3.00"]
 
 
 def test_the_gallery_ranks_by_score_and_sets_flagged_ones_aside(full):
