@@ -65,6 +65,7 @@ def test_each_image_counts_once_however_often_it_is_done() -> None:
     course = read_course(events)
     assert course is not None
     counts = dict(zip(course.done[:, 0], np.cumsum(course.done[:, 1]), strict=True))
+    assert course_section(course)["fell"]
     assert counts == {1: 1, 2: 2, 3: 3, 10: 4, 11: 5, 20: 0, 21: 1, 22: 2, 23: 3, 24: 4, 25: 5, 26: 6}
 
 
@@ -113,6 +114,7 @@ def test_the_section_says_it_in_words_and_a_drawing() -> None:
     section = course_section(course)
     assert section["begun"] == "2026-11-01 12:00 UTC"
     assert (section["drivers"], section["at_work"], section["in_all"]) == (2, "6 min 49 s", "13 h 58 min")
+    assert not section["fell"]
     assert section["trouble"] == ["1 tried again"]
     for word in ("images done", "images failed", "workers", "align: AlignError", "hours since the run began"):
         assert word in section["svg"]

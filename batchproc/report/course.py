@@ -39,6 +39,7 @@ def course_section(course: Course) -> dict[str, Any]:
         "at_work": duration(course.at_work),
         "in_all": duration(float(course.drivers[:, 1].max())),
         "trouble": [f"{n} {_TROUBLE[kind]}" for kind, n in sorted(course.trouble.items())],
+        "fell": bool((course.done[:, 1] < 0).any()),
         "svg": draw_course(course),
     }
 

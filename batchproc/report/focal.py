@@ -84,6 +84,8 @@ def _draw(table: pd.DataFrame, exposures: list[str], ccds: list[str]) -> str:
     if not panels:
         return ""
 
+    size = 7 if len(exposures) <= 60 else 4
+
     def plane(name: str) -> NDArray[np.float64]:
         values = np.full((len(ccds), len(exposures)), np.nan)
         values[rows[done], columns[done]] = table[name][done]
@@ -93,7 +95,9 @@ def _draw(table: pd.DataFrame, exposures: list[str], ccds: list[str]) -> str:
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axis, (name, title) in zip(axes, panels, strict=True):
             _matrix(figure, axis, plane(name), title, ccds)
-            axis.plot(columns[failed][:_MOST_CROSSES], rows[failed][:_MOST_CROSSES], "x", ms=4, color=figures.ORANGE)
+            for colour, width in (("white", 3.6), (figures.ORANGE, 1.6)):  # to be seen on whatever it lies
+                crosses = columns[failed][:_MOST_CROSSES], rows[failed][:_MOST_CROSSES]
+                axis.plot(*crosses, "x", ms=size, mew=width * size / 7, color=colour)
         axes[-1].set_xlabel("exposure, in the order of time")
 
     height = 0.6 + len(panels) * (0.9 + 0.12 * min(len(ccds), 16))

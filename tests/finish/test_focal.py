@@ -191,14 +191,14 @@ def test_failed_images_are_drawn_where_their_headers_put_them_and_all_are_counte
     table_of(folder)
     crosses = section_of(folder).count("<use")
     assert "6 of 8 images were done" in section_of(folder)
-    assert "Of 2 neither manifest nor header told the exposure" in section_of(folder)
+    assert "Not in the picture: 2 of no known exposure" in section_of(folder)
     with ReceiptLog(folder) as log:
         log.add(replace(failed, metadata={"exposure_id": "e1", "ccd": "2", "mjd": 60001.0}))
     state, table = table_of(folder)
     assert state == "made"
     assert table.loc[6, ["exposure_id", "ccd", "mjd"]].tolist() == ["e1", "2", 60001.0]
     assert "6 of 8 images were done" in section_of(folder)
-    assert "Of 1 neither manifest nor header told the exposure" in section_of(folder)
+    assert "Not in the picture: 1 of no known exposure" in section_of(folder)
     assert section_of(folder).count("<use") > crosses
 
 
