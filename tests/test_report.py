@@ -16,6 +16,7 @@ import pytest
 from batchproc.config import Config
 from batchproc.errors import UsageError
 from batchproc.io.catalogue import write_scores
+from batchproc.io.events import EventLog
 from batchproc.io.freeze import freeze
 from batchproc.io.progress import ReceiptLog, gather
 from batchproc.io.run_folder import RunFolder
@@ -202,6 +203,20 @@ def test_each_number_of_a_step_stands_below_its_name():
     texts = re.findall(r"<text [^>]*>([^<]+)</text>", steps(images))
     columns = texts[texts.index("mean") :][:6]
     assert columns == ["mean", "2.00", "3.00", "90 %", "2.80", "3.00"]
+
+
+def test_every_section_is_in_the_navigation(tmp_path):
+    """That of the course too, once a driver wrote a log, with letters as large as those of other wide figures."""
+    make_run(tmp_path / "run", failed=[FAILED])
+    with EventLog(RunFolder(tmp_path / "run")) as events:
+        events.write("run_begun", before=0, to_do=3, command="run")
+        events.write("image_done", image_id="im0")
+    page = report(tmp_path / "run")
+    sections = [attributes["id"] for tag, attributes in page.elements if tag == "section"]
+    assert "course" in sections
+    assert [attributes["href"][1:] for tag, attributes in page.elements if tag == "a"] == sections
+    widths = [float(a["viewbox"].split()[2]) for _, a in page.elements if a.get("aria-label", "").startswith("Im")]
+    assert widths == [pytest.approx(12.4 * 72)]
 
 
 def test_the_gallery_ranks_by_score_and_sets_flagged_ones_aside(full):
