@@ -21,6 +21,7 @@ from batchproc.io.manifest import write_manifest
 from batchproc.io.run_folder import RunFolder
 from batchproc.io.status import read_status
 from tests import _runs
+from tests.io._packets import packet, record
 
 STUBS = job.Steps(process=_runs.process, model=_runs.load_model, wisdom=_runs.no_wisdom, report=_runs.report)
 
@@ -257,6 +258,25 @@ def test_retry_and_classify(call, night, tmp_path):
     assert call(*words)[:2] == (0, "3 candidates scored\n")
     assert "nothing to score" in call(*words)[1]
     assert "scored by stub" in call("status", tmp_path / "run")[1]
+
+
+def test_alerts_are_classified_into_a_table(call, tmp_path):
+    """0: all scored; 1: not all; 2: nothing was started. The counts are on standard output, progress on the other."""
+    stamp = np.random.default_rng(0).normal(100.0, 9.0, (3, 63, 63)).astype(np.float32)
+    (tmp_path / "a.avro").write_bytes(packet(record(1, stamp)))
+    words = ("classify-alerts", tmp_path, "--model", "realbogus", "--out", tmp_path / "scores.parquet")
+    code, out, err = call(*words)
+    assert (code, out) == (0, f"1 alerts: 1 scored, 0 not scored, 0 unreadable\n{tmp_path / 'scores.parquet'}\n")
+    assert "1/1 MB" in err
+    assert "(1 alerts)" in err
+    (tmp_path / "b.avro").write_bytes(b"torn")
+    code, out, err = call(*words, "-q")
+    assert (code, err) == (1, "")
+    assert "2 alerts: 1 scored, 0 not scored, 1 unreadable" in out
+    code, out, err = call("classify-alerts", tmp_path / "absent", *words[2:])
+    assert (code, out) == (2, "")
+    assert "no such file or folder" in err
+    assert call(*words, "--model", "realbogus")[0] == 2
 
 
 def test_manifest_check_tells_unusable_from_incomplete(call, night, tmp_path):

@@ -25,6 +25,7 @@ FLOORS = {
     "report": 5,
     "finish": 5,
     "job": 5,
+    "packets": 5,
     "submit": 5,
     "completeness": 5,
     "demo": 5,

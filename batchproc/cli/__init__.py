@@ -21,7 +21,7 @@ from batchproc.cli.evaluation import evaluate
 from batchproc.cli.finish import finish
 from batchproc.cli.manifests import manifest
 from batchproc.cli.models import models
-from batchproc.cli.running import classify, demo, report, retry, run, status
+from batchproc.cli.running import classify, classify_alerts, demo, report, retry, run, status
 from batchproc.cli.submit import submit
 from batchproc.cli.verify import verify
 from batchproc.errors import BatchprocError, ClusterError, DamagedRunError, StorageError
@@ -72,5 +72,6 @@ def cli() -> None:
     """Find what changed in the sky: image subtraction, detection and classification of whole surveys."""
 
 
-for _verb in (demo, manifest, run, submit, status, verify, retry, report, classify, finish, models, evaluate):
+_RUNS = (demo, manifest, run, submit, status, verify, retry, report, classify)
+for _verb in (*_RUNS, classify_alerts, finish, models, evaluate):
     cli.add_command(_verb)

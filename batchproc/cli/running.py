@@ -1,4 +1,4 @@
-"""``batchproc demo|run|status|retry|report|classify``: a run, from its beginning to its report."""
+"""``batchproc demo|run|status|retry|report|classify``: a run, from its beginning to its report; alerts beside it."""
 
 from __future__ import annotations
 
@@ -199,3 +199,45 @@ def classify(run: Path, model: str, where: Where, quiet: bool) -> int:
     n = job.classify(run, model, cluster=where, quiet=quiet)
     click.echo(f"{n} candidates scored" if n else "nothing to score: this model has scored all candidates")
     return 0
+
+
+@click.command(
+    "classify-alerts",
+    epilog=example("batchproc classify-alerts night.tar.gz --model realbogus --model braai-d6_m7 --out scores.parquet"),
+)
+@click.argument("alerts", type=click.Path(path_type=Path))
+@click.option(
+    "--model",
+    "models",
+    metavar="MODEL",
+    required=True,
+    multiple=True,
+    help="A bundled or added model (`batchproc models list`), or a folder; again for each more.",
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The table: a .parquet file.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "gpu", "edgetpu"]),
+    default="cpu",
+    show_default=True,
+    help="What runs the models; if it cannot be had, that is an error.",
+)
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads that a model may use.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+def classify_alerts(alerts: Path, models: tuple[str, ...], out: Path, device: str, threads: int, quiet: bool) -> int:
+    """Score ZTF's alert packets with one or several models, in one pass, into one table.
+
+    ALERTS is an .avro file, a folder with such files in it, or a .tar, .tar.gz or .tgz of them (needs the extra
+    'alerts'). The table has a row for each alert: candid, object, measurements, a column score_MODEL for each model
+    (NaN: not scored), and what is wrong with a packet. It has its name once it is complete.
+
+    Exit code 0: all scored; 1: some could not be; 2: nothing was started.
+    """
+    from batchproc.distribute.clusters import Where
+
+    set_up(None, Where("serial"))
+    from batchproc.packets import score_packets
+
+    scored = score_packets(alerts, models, out, device=device, threads=threads, quiet=quiet)
+    click.echo(f"{scored.text()}\n{out}")
+    return scored.exit_code

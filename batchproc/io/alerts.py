@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from batchproc.errors import UsageError
 
-__all__ = ["STAMP_SIZE", "Alerts", "read_alerts"]
+__all__ = ["STAMP_SIZE", "Alerts", "read_alerts", "source_size"]
 
 #: Side of a cutout, unless the edge of an image truncates it.
 STAMP_SIZE = 63
@@ -60,6 +60,8 @@ class Alerts:
         What is wrong with an alert; empty where nothing is.
     origin : tuple of str
         The file, and within a tarball its member: ``night.tar.gz/1105522281015015000.avro``.
+    n_bytes : int
+        What had been read of the source (`source_size`) when the last of these had been.
     """
 
     stamps: NDArray[np.float32]
@@ -70,6 +72,7 @@ class Alerts:
     candidate: tuple[Mapping[str, Any], ...]
     problems: tuple[str, ...]
     origin: tuple[str, ...]
+    n_bytes: int = 0
 
     def __len__(self) -> int:
         return len(self.candid)
@@ -97,13 +100,27 @@ def read_alerts(path: str | Path, *, chunk: int = 256) -> Iterator[Alerts]:
         alert asked for.
     """
     rows: list[_Row] = []
-    for row in _rows(Path(path)):
+    meter = _Meter()
+    for row in _rows(Path(path), meter):
         rows.append(row)
         if len(rows) == chunk:
-            yield _together(rows)
+            yield _together(rows, meter.n_bytes)
             rows = []
     if rows:
-        yield _together(rows)
+        yield _together(rows, meter.n_bytes)
+
+
+def source_size(path: str | Path) -> int:
+    """Bytes of a source of alerts, those of a tarball as it is packed: what `Alerts.n_bytes` ends at, or nearly."""
+    files = Path(path).rglob("*.avro") if Path(path).is_dir() else [Path(path)]
+    return sum(_size(file) for file in files)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0  # reading it will say so
 
 
 @dataclass(frozen=True)
@@ -116,7 +133,7 @@ class _Row:
     record: Mapping[str, Any] | None = None
 
 
-def _together(rows: list[_Row]) -> Alerts:
+def _together(rows: list[_Row], n_bytes: int) -> Alerts:
     stamps = np.full((len(rows), len(_CUTOUTS), STAMP_SIZE, STAMP_SIZE), np.nan, np.float32)
     for out, row in zip(stamps, rows, strict=True):
         if row.stamp is not None:
@@ -132,6 +149,7 @@ def _together(rows: list[_Row]) -> Alerts:
         candidate=candidates,
         problems=tuple("; ".join(row.problems) for row in rows),
         origin=tuple(row.origin for row in rows),
+        n_bytes=n_bytes,
     )
 
 
@@ -142,10 +160,10 @@ def _number(value: Any) -> float:
 # --- Files and packets ------------------------------------------------------------------------------------------------
 
 
-def _rows(path: Path) -> Iterator[_Row]:
+def _rows(path: Path, meter: _Meter) -> Iterator[_Row]:
     reader = _avro_reader()
     n_files = 0
-    for origin, file, problem in _files(path):
+    for origin, file, problem in _files(path, meter):
         n_files += 1
         if file is None:
             yield _Row(origin, (problem,))
@@ -165,22 +183,43 @@ def _avro_reader() -> Any:
     return fastavro.reader
 
 
-def _files(path: Path) -> Iterator[tuple[str, BinaryIO | None, str]]:
+@dataclass
+class _Meter:
+    """How much of a source has been read."""
+
+    n_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class _Metered:
+    """A file that is read from its beginning to its end, as a meter sees it."""
+
+    file: BinaryIO
+    meter: _Meter
+
+    def read(self, n: int) -> bytes:
+        content = self.file.read(n)
+        self.meter.n_bytes += len(content)
+        return content
+
+
+def _files(path: Path, meter: _Meter) -> Iterator[tuple[str, BinaryIO | None, str]]:
     """Each Avro file: its name, what to read it from, or else what is wrong with it."""
     if path.is_dir():
         for file in sorted(path.rglob("*.avro")):
-            yield _opened(file)
+            yield _opened(file, meter)
     elif not path.exists():
         raise UsageError(f"{path}: no such file or folder")
     elif path.suffix == ".avro":
-        yield _opened(path)
+        yield _opened(path, meter)
     elif path.name.endswith((".tar", ".tar.gz", ".tgz")):
-        yield from _members(path)
+        yield from _members(path, meter)
     else:
         raise UsageError(f"{path}: expected a folder of .avro files, one of them, or a .tar or .tar.gz of them")
 
 
-def _opened(path: Path) -> tuple[str, BinaryIO | None, str]:
+def _opened(path: Path, meter: _Meter) -> tuple[str, BinaryIO | None, str]:
+    meter.n_bytes += _size(path)
     try:
         if path.stat().st_size > _MOST_PACKET:
             return str(path), None, _too_large(path.stat().st_size)
@@ -189,16 +228,20 @@ def _opened(path: Path) -> tuple[str, BinaryIO | None, str]:
         return str(path), None, f"cannot be read ({error.strerror})"
 
 
-def _members(path: Path) -> Iterator[tuple[str, BinaryIO | None, str]]:
+def _members(path: Path, meter: _Meter) -> Iterator[tuple[str, BinaryIO | None, str]]:
     """Avro files of a tarball, in their order and read once; a tarball that breaks off ends in a row that says so."""
     try:
-        with tarfile.open(path, "r|*") as tar:
+        with path.open("rb") as file, _tarball(_Metered(file, meter)) as tar:
             while member := tar.next():
                 if member.isfile() and member.name.endswith(".avro"):
                     yield _member(tar, member, f"{path}/{member.name}")
                 tar.members.clear()  # type: ignore[attr-defined]  # it would remember every one of a night
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         yield str(path), None, f"the tarball breaks off here ({error})"
+
+
+def _tarball(file: _Metered) -> tarfile.TarFile:
+    return tarfile.open(fileobj=file, mode="r|*")  # type: ignore[call-overload, no-any-return]  # it only reads
 
 
 def _member(tar: tarfile.TarFile, member: tarfile.TarInfo, origin: str) -> tuple[str, BinaryIO | None, str]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from batchproc.errors import UsageError
 from batchproc.io import alerts as module
-from batchproc.io.alerts import read_alerts
+from batchproc.io.alerts import read_alerts, source_size
 from batchproc.io.braai import add_braai
 from batchproc.io.models import load_model
 from batchproc.learning.inputs import to_tensor
@@ -85,6 +85,16 @@ def test_no_more_than_a_chunk_is_read_ahead(night, monkeypatch):
     assert len(next(chunks)) == 2
     assert len(read) == 2
     assert [len(chunk) for chunk in chunks] == [2, 1]
+
+
+@pytest.mark.parametrize("name", ["", "night.tar", "night.tar.gz"])
+def test_how_far_the_reading_is_can_be_told(night, name):
+    """In bytes of what lies on the disk; a tarball's last ones need not be read."""
+    source = tarball(night, name) if name else night
+    read = [alerts.n_bytes for alerts in read_alerts(source, chunk=2)]
+    assert read == sorted(read)
+    assert read[0] > 0
+    assert source_size(source) - 20480 <= read[-1] <= source_size(source)
 
 
 @pytest.mark.parametrize(
