@@ -27,6 +27,7 @@ FLOORS = {
     "job": 5,
     "submit": 5,
     "completeness": 5,
+    "judging": 5,
     "demo": 5,
     "cli": 5,
 }
