@@ -47,6 +47,8 @@ def draw(found: Sequence[Judgement]) -> bytes:
         _scores(axes[3], found[0])
         for axis, column in zip(axes[4:], columns, strict=False):
             _parts(axis, found, column)
+        if columns:
+            axes[4].legend(loc="center left", bbox_to_anchor=(0.0, 0.32))
         for axis in axes[4 + len(columns) :]:
             axis.set_visible(False)
         buffer = io.BytesIO()
@@ -120,4 +122,3 @@ def _parts(axis: Axes, found: Sequence[Judgement], column: str) -> None:
             axis.errorbar(x, values[0], spread, fmt=marker, ms=4, lw=1, color=_colour(number), label=label)
     axis.set_xticks(np.arange(len(names)), names, rotation=25, ha="right")
     axis.set(title=f"by {column}, at the threshold", ylim=(-0.05, 1.05))
-    axis.legend(loc="center right")

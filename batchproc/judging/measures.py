@@ -260,10 +260,11 @@ def _split(column: pd.Series, parts: int) -> list[tuple[str, NDArray[np.intp]]]:
         values = column.to_numpy(dtype=np.float64, na_value=np.nan)
         edges = np.unique(np.quantile(values[~absent], np.linspace(0, 1, parts + 1)))
         which = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
+        said = _apart(edges)
         for k in range(len(edges) - 1):
             rows = np.flatnonzero((which == k) & ~absent)
             if len(rows):
-                found.append((f"{edges[k]:.6g} to {edges[k + 1]:.6g}", rows))
+                found.append((f"{said[k]} to {said[k + 1]}", rows))
     else:
         frequent = list(present.value_counts().index)
         for value in sorted(frequent[:_MOST_PARTS], key=lambda v: (isinstance(v, str), v)):
@@ -274,3 +275,12 @@ def _split(column: pd.Series, parts: int) -> list[tuple[str, NDArray[np.intp]]]:
     if absent.any():
         found.append(("no value", np.flatnonzero(absent)))
     return found
+
+
+def _apart(edges: NDArray[np.float64]) -> list[str]:
+    """Numbers with as few digits as keep them apart, three or more."""
+    for digits in range(3, 17):
+        words = [f"{edge:.{digits}g}" for edge in edges]
+        if len(set(words)) == len(words) and not any("e" in word for word in words):
+            return words
+    return [str(edge) for edge in edges]
