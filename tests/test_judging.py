@@ -15,7 +15,7 @@ from batchproc.io.catalogue import write_scores
 from batchproc.io.run_folder import RunFolder
 from batchproc.judging.candidates import read_candidates
 from batchproc.judging.evaluate import evaluate_candidates
-from batchproc.judging.measures import MIXTURES, Plan
+from batchproc.judging.measures import MIXTURES, Plan, _split
 from batchproc.learning.evaluate import auc_pr, brier, recall
 from tests.test_report import make_run
 
@@ -94,6 +94,28 @@ def test_parts_hold_every_candidate_once(tmp_path):
         assert lost == pytest.approx(found.values["false_negative_rate"].value * found.n_real)
 
 
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        ([3, 1, 1, 3], ["1", "3"]),
+        ([1.5, 1.5, 1.5, 1.5], ["1.5"]),
+        ([0.5, 1.5, 2.5, 3.5], ["0.5 to 2", "2 to 3.5"]),
+        (
+            [60676.1003, 60676.1013, 60676.1023, np.inf],
+            ["60676.1 to 60676.101", "60676.101 to 60676.102", "no value"],
+        ),
+        ([None, None, None, None], ["no value"]),
+        (["b", "a", "", "b"], ["a", "b", "no value"]),
+        (list(range(20)), ["0 to 9.5", "9.5 to 19"]),
+    ],
+)
+def test_columns_are_cut_into_parts(values, names):
+    """Whole numbers that are few, and words, by value; other numbers by quantiles; each row in one part."""
+    parts = _split(pd.Series(values, name="a"), 2)
+    assert sorted(np.concatenate([rows for _, rows in parts])) == list(range(len(values)))
+    assert [name for name, _ in parts] == names
+
+
 def test_what_was_not_scored_is_said_and_counted_as_lost(tmp_path):
     """It is in no metric, and a real one without a score is a lost one."""
     table = candidates()
@@ -163,6 +185,7 @@ def test_a_run_is_matched_with_its_truth(run, tmp_path, call):
     assert "5 candidates of images without a known transient were left out" in out
     assert "2 of 21 known transients are no candidate" in out
     assert "2 groups (image_id)" in out
+    assert "2 groups are few" in out
 
 
 def test_all_models_of_a_run_are_judged(run):

@@ -94,7 +94,8 @@ def read_candidates(
     if not chosen:
         raise UsageError(f"{path}: no column score or score_…; name yours with --score; found {', '.join(names)}")
     group = group or next((name for name in _GROUPS if name in table), "none")
-    by = [name for name in BREAK_DOWN if name in table] if by is None else list(by)
+    if by is None:  # fwhm of a run is that of the candidate; the seeing is fwhm_new
+        by = [name for name in BREAK_DOWN if name in table and not (name == "fwhm" and "fwhm_new" in table)]
     for name in [*chosen, *by, *([] if group == "none" else [group])]:
         if name not in table:
             raise UsageError(f"{path}: no column {name!r}; found {', '.join(names)}")
@@ -103,7 +104,8 @@ def read_candidates(
             raise UsageError(f"{path}: the column {name} holds {table[name].dtype} values; expected scores")
     real = table["real"].to_numpy(dtype=bool)
     if not real.any() or real.all():
-        raise UsageError(f"{path}: {real.sum()} real and {(~real).sum()} bogus candidates: both are needed")
+        why = f" ({'; '.join(notes)})" if notes else ""
+        raise UsageError(f"{path}: {real.sum()} real and {(~real).sum()} bogus candidates: both are needed{why}")
     return Candidates(
         real=real,
         scores={_short(name): table[name].to_numpy(dtype=np.float64, na_value=np.nan) for name in chosen},

@@ -20,6 +20,9 @@ from batchproc.learning.evaluate import Interval
 
 __all__ = ["Evaluation", "evaluate_candidates"]
 
+#: Fewer make bootstrapped intervals that are too narrow.
+_ENOUGH_GROUPS = 20
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -106,6 +109,8 @@ def evaluate_candidates(candidates: Candidates, out: str | Path, plan: Plan | No
             scored = int((~np.isnan(candidates.scores[name])).sum())
             raise UsageError(f"{name}: {scored} of {len(candidates.real)} candidates scored; {error}") from error
     notes = [*candidates.notes, *_warnings(found, plan)]
+    if n_groups < _ENOUGH_GROUPS:
+        notes.append(f"{n_groups} groups are few: intervals from fewer than {_ENOUGH_GROUPS} are too narrow")
     files = (Path(out) / "metrics.json", Path(out) / "classifier.png")
     result = Evaluation(plan, tuple(found), candidates.group_name, n_groups, tuple(notes), files)
     write_text(files[0], json.dumps(result.to_dict(), indent=1) + "\n")

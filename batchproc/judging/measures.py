@@ -16,7 +16,7 @@ __all__ = ["MIXTURES", "Judgement", "Part", "Plan", "judge"]
 
 #: Mixtures for which everything that depends on one is said, and their prevalence.
 MIXTURES = {"1:1": 1 / 2, "1:100": 1 / 101, "1:10^4": 1 / 10_001}
-#: Numeric columns with no more values than this are taken as names.
+#: Whole numbers with no more values than this are taken as names.
 _NAMES_UP_TO = 8
 #: Of names, the most frequent; the rest are one part.
 _MOST_PARTS = 12
@@ -256,7 +256,9 @@ def _split(column: pd.Series, parts: int) -> list[tuple[str, NDArray[np.intp]]]:
         absent |= ~np.isfinite(column.to_numpy(dtype=np.float64, na_value=np.nan))
     present = column[~absent]
     found: list[tuple[str, NDArray[np.intp]]] = []
-    if numeric and present.nunique() > _NAMES_UP_TO and column.name != "ccd":
+    whole = numeric and bool((present % 1 == 0).all())
+    names = (present.nunique() <= _NAMES_UP_TO or column.name == "ccd") if whole else present.nunique() < 2
+    if numeric and not names:
         values = column.to_numpy(dtype=np.float64, na_value=np.nan)
         edges = np.unique(np.quantile(values[~absent], np.linspace(0, 1, parts + 1)))
         which = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
