@@ -28,6 +28,7 @@ FLOORS = {
     "packets": 5,
     "submit": 5,
     "completeness": 5,
+    "judging": 5,
     "demo": 5,
     "cli": 5,
 }

@@ -1,4 +1,4 @@
-"""``batchproc evaluate``: how good the results are, held against what theory promises."""
+"""``batchproc evaluate``: how good the results are, held against what theory promises and against known truth."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ if TYPE_CHECKING:
     from batchproc.distribute.clusters import Where
 
 
-@click.group(cls=InOrder, epilog=example("batchproc evaluate completeness --images 10 --out evaluation"))
+@click.group(
+    cls=InOrder,
+    epilog=example(
+        "batchproc evaluate completeness --images 10 --out evaluation",
+        "batchproc evaluate classifier RUN --truth truth.parquet --out evaluation",
+    ),
+)
 def evaluate() -> None:
-    """How good the results are, held against what theory promises."""
+    """How good the results are, held against what theory promises and against known truth."""
 
 
 def _range(context: click.Context, parameter: click.Parameter, value: str) -> tuple[float, float]:
@@ -128,3 +134,80 @@ def evaluate_completeness(
         return INTERRUPTED
     click.echo(json.dumps(found.summary.to_dict(), indent=2) if as_json else found.text())
     return int(check and not (found.summary.ok and not found.failures))
+
+
+@evaluate.command(
+    "classifier",
+    epilog=example(
+        "batchproc evaluate classifier RUN --truth truth.parquet --out evaluation",
+        "batchproc evaluate classifier scores.csv --by ccd --by seeing --completeness 0.99 --out evaluation",
+    ),
+)
+@click.argument("scores", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the results: made if missing.")
+@click.option(
+    "--truth",
+    type=click.Path(path_type=Path),
+    help="Of a run: its known transients (CSV or Parquet).  [default: RUN/truth.parquet]",
+)
+@click.option(
+    "--score",
+    "chosen",
+    multiple=True,
+    metavar="COLUMN",
+    help="Evaluate this score; may be repeated.  [default: all of them]",
+)
+@click.option(
+    "--group",
+    metavar="COLUMN",
+    help="Candidates that share their faults are drawn together; none: singly.  "
+    "[default: group, region, image_id or image]",
+)
+@click.option(
+    "--by",
+    multiple=True,
+    metavar="COLUMN",
+    help="Break down by it; may be repeated; none: by nothing.  "
+    "[default: ccd, filter, fwhm_new, fwhm, seeing, mag, mjd]",
+)
+@click.option(
+    "--completeness",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.99,
+    show_default=True,
+    help="Of the scored real ones, the fraction that the threshold keeps.",
+)
+@click.option("--bins", type=click.IntRange(2), default=4, show_default=True, help="Quantiles of a column of numbers.")
+@click.option("--resamples", type=click.IntRange(2), default=1000, show_default=True, help="Of the bootstrap.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def evaluate_classifier(
+    scores: Path,
+    out: Path,
+    truth: Path | None,
+    chosen: tuple[str, ...],
+    group: str | None,
+    by: tuple[str, ...],
+    completeness: float,
+    bins: int,
+    resamples: int,
+    seed: int,
+    as_json: bool,
+) -> int:
+    """How well scores tell real from bogus, for mixtures of 1:1, 1:100 and 1:10^4, with intervals.
+
+    SCORES is a table (CSV or Parquet) with a column real (0 or 1), one or more columns score or score_NAME (empty: not
+    scored) and, if you like, group, ccd, filter, seeing, mag, mjd; or a run folder with its known transients.
+
+    Exit code 0, however good they are; 2 when the input cannot be evaluated.
+    """
+    from batchproc.judging.candidates import read_candidates
+    from batchproc.judging.evaluate import evaluate_candidates
+    from batchproc.judging.measures import Plan
+
+    columns = None if not by else () if by == ("none",) else by
+    candidates = read_candidates(scores, truth=truth, scores=chosen, group=group, by=columns)
+    plan = Plan(completeness=completeness, resamples=resamples, parts=bins, seed=seed)
+    found = evaluate_candidates(candidates, out, plan)
+    click.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.text())
+    return 0

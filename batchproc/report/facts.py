@@ -22,7 +22,18 @@ from batchproc.io.stamps import open_stamps
 from batchproc.records import Flag, Receipt
 from batchproc.report.times import Course, read_course
 
-__all__ = ["HISTOGRAM_EDGES", "MATCH_PIX", "Candidate", "Facts", "Truth", "flag_names", "gather_facts"]
+__all__ = [
+    "HISTOGRAM_EDGES",
+    "MATCH_PIX",
+    "Candidate",
+    "Facts",
+    "Truth",
+    "flag_names",
+    "gather_facts",
+    "match_known",
+    "read_table",
+    "read_truth",
+]
 
 #: Edges of the histogram of blank-sky S_corr in a receipt's ``scorr_hist``.
 HISTOGRAM_EDGES = np.linspace(-8, 8, 65)
@@ -160,7 +171,7 @@ def gather_facts(folder: RunFolder, truth: str | Path | None = None) -> Facts:
     images, failures, histogram = _read_receipts(iter_receipts(folder), folder.image_ids())
     catalogue, score = _read_catalogue(folder, config.classify.model)
     images = _add_filter(images, catalogue)
-    known = _read_truth(folder, truth)
+    known = read_truth(folder, truth)
     matched = None if known is None else _match(known, catalogue, score, set(images["image_id"]))
     best, aside = _galleries(folder, catalogue, score, None if matched is None else matched.matched)
     return Facts(
@@ -269,13 +280,14 @@ def _inputs(folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def _read_truth(folder: RunFolder, truth: str | Path | None) -> pd.DataFrame | None:
+def read_truth(folder: RunFolder, truth: str | Path | None) -> pd.DataFrame | None:
+    """The table of known transients, ``truth.parquet`` of the run by default; None where there is none."""
     path = folder.path / "truth.parquet" if truth is None else Path(truth)
     if not path.is_file():
         if truth is None:
             return None
         raise UsageError(f"{path}: no such file; give the table of the known transients, CSV or Parquet")
-    table = _read_table(path)
+    table = read_table(path)
     missing = {"image_id", "x", "y", "flux"} - set(table)
     if missing or not {"snr", "snr_local"} & set(table):
         raise UsageError(f"{path}: needs the columns image_id, x, y, flux and snr; found {', '.join(map(str, table))}")
@@ -286,7 +298,8 @@ def _read_truth(folder: RunFolder, truth: str | Path | None) -> pd.DataFrame | N
     return table.assign(snr=table["snr_local"] if "snr_local" in table else table["snr"])
 
 
-def _read_table(path: Path) -> pd.DataFrame:
+def read_table(path: Path) -> pd.DataFrame:
+    """A CSV or Parquet file; anything else is a `UsageError`."""
     suffix = path.suffix.lower()
     if suffix not in (".csv", ".parquet", ".pq"):
         raise UsageError(f"{path}: unknown kind of table {suffix!r}; expected .csv or .parquet")
@@ -298,26 +311,45 @@ def _read_table(path: Path) -> pd.DataFrame:
         raise UsageError(f"{path}: not a {suffix[1:].upper()} table ({reason[:160]})") from error
 
 
-def _match(known: pd.DataFrame, catalogue: pd.DataFrame, score: str | None, done: set[str]) -> Truth:
-    """Nearest candidate of the same sign for each known transient, image by image."""
-    here = known[known["image_id"].isin(done)].reset_index(drop=True)
-    masked = here["masked"].to_numpy(dtype=bool) if "masked" in here else np.zeros(len(here), dtype=bool)
-    match = np.full(len(here), -1)
+def match_known(known: pd.DataFrame, catalogue: pd.DataFrame) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+    """Which candidate is which known transient.
+
+    Parameters
+    ----------
+    known, catalogue : DataFrame
+        With ``image_id, x, y`` (pixels), and the sign in ``flux`` and in ``scorr``.
+
+    Returns
+    -------
+    match : ndarray (len(known),) of int
+        Row of the nearest candidate of the same sign within `MATCH_PIX`; -1 for none.
+    near : ndarray (len(catalogue),) of bool
+        Whether a candidate, of either sign, has a known transient within `MATCH_PIX`.
+    """
+    match = np.full(len(known), -1)
     matched = np.zeros(len(catalogue), dtype=bool)
     by_image = catalogue.groupby("image_id").indices
-    for image_id, rows in here.groupby("image_id").indices.items():
+    for image_id, rows in known.groupby("image_id").indices.items():
         candidates = by_image.get(image_id)
         if candidates is None:
             continue
         xy = catalogue[["x", "y"]].to_numpy()[candidates]
         sign = np.sign(catalogue["scorr"].to_numpy()[candidates])
-        near = cKDTree(xy).query_ball_point(here[["x", "y"]].to_numpy()[rows], MATCH_PIX)
+        near = cKDTree(xy).query_ball_point(known[["x", "y"]].to_numpy()[rows], MATCH_PIX)
         for row, several in zip(rows, near, strict=True):
             matched[candidates[several]] = True
-            same = [i for i in several if sign[i] == np.sign(here["flux"].iloc[row])]
+            same = [i for i in several if sign[i] == np.sign(known["flux"].iloc[row])]
             if same:
-                distance = np.hypot(*(xy[same] - here[["x", "y"]].to_numpy()[row]).T)
+                distance = np.hypot(*(xy[same] - known[["x", "y"]].to_numpy()[row]).T)
                 match[row] = candidates[same[int(np.argmin(distance))]]
+    return match, matched
+
+
+def _match(known: pd.DataFrame, catalogue: pd.DataFrame, score: str | None, done: set[str]) -> Truth:
+    """Nearest candidate of the same sign for each known transient, image by image."""
+    here = known[known["image_id"].isin(done)].reset_index(drop=True)
+    masked = here["masked"].to_numpy(dtype=bool) if "masked" in here else np.zeros(len(here), dtype=bool)
+    match, matched = match_known(here, catalogue)
     found = match >= 0
     partner = catalogue.iloc[np.maximum(match, 0)].reset_index(drop=True) if len(catalogue) else None
 
