@@ -91,7 +91,7 @@ class Examples:
 
     def save(self, path: str | Path) -> None:
         """Write ``.npz``: ``stamps``, ``label`` and a 1-d array a column; `load` gives the same back."""
-        columns = {str(name): _storable(self.table[name]) for name in self.table}
+        columns: dict[str, Any] = {str(name): _storable(self.table[name]) for name in self.table}
         with replacing(Path(path)) as temporary, temporary.open("wb") as file:
             np.savez(file, stamps=self.stamps, label=np.asarray(self.label, np.str_), **columns)
 

@@ -11,7 +11,7 @@ import tomli_w
 
 from batchproc.errors import ConfigError
 
-__all__ = ["TrainSettings"]
+__all__ = ["FitConfig", "TrainSettings"]
 
 _CHOICES = {
     "kind": ("network", "forest"),
@@ -21,8 +21,39 @@ _CHOICES = {
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """How to train: what is learnt, from which part of the examples, and how.
+class FitConfig:
+    """How to fit a network."""
+
+    epochs: int = 40
+    """At most so many passes over the examples."""
+    batch: int = 128
+    """Examples to a step; fewer where there are few."""
+    learning_rate: float = 2e-3
+    """Highest; falls to zero as half a cosine."""
+    weight_decay: float = 1e-3
+    """Of AdamW."""
+    patience: int = 10
+    """Stop after so many epochs without a lower loss on the validation part; the best weights are kept."""
+    seed: int = 0
+    """Of everything random."""
+    balance: str = "weights"
+    """Classes count alike by ``weights`` of the loss, by ``sampling``, or not (``none``)."""
+    augment: bool = True
+    """Turn and mirror the stamps at random, the eight ways of a square."""
+    swap: bool = True
+    """Of real or bogus, and of nothing else: exchange new and reference, and the sign of the difference, at random.
+    Subtraction is antisymmetric."""
+    freeze: bool = False
+    """Of a model that is continued, fit the last layer only."""
+    head_epochs: int = 3
+    """Of a model that is continued, fit the last layer alone for so many epochs first."""
+    body_rate: float = 0.1
+    """Learning rate of all but the last layer of a model that is continued, over that of the last."""
+
+
+@dataclass(frozen=True)
+class TrainSettings(FitConfig):
+    """How to train: what is learnt, from which part of the examples, and how (`FitConfig`).
 
     Raises
     ------
@@ -71,37 +102,11 @@ class TrainSettings:
     holdout: tuple[str, ...] = ()
     """``COLUMN=VALUE``: all of these are measured on, and only these."""
 
-    # --- Fitting ---
-    epochs: int = 40
-    """At most so many passes over the examples."""
-    batch: int = 128
-    """Examples to a step."""
-    learning_rate: float = 0.0
-    """Highest; falls to zero as half a cosine. 0: 2e-3 for a new network, 5e-4 for one that is continued."""
-    weight_decay: float = 1e-3
-    """Of AdamW."""
-    patience: int = 10
-    """Stop after so many epochs without a better loss on the validation part; the best weights are kept."""
-    balance: str = "weights"
-    """Classes count alike by ``weights`` of the loss, by ``sampling``, or not (``none``)."""
-    augment: bool = True
-    """Turn and mirror the stamps at random, the eight ways of a square."""
-    swap: bool = False
-    """Exchange new and reference, and the sign of the difference, at random: real or bogus stays what it is."""
-    freeze: bool = False
-    """Of a model that is continued, fit the last layer only."""
-    head_epochs: int = 3
-    """Of a model that is continued, fit the last layer alone for so many epochs first."""
-    body_rate: float = 0.1
-    """Learning rate of all but the last layer of a model that is continued, over that of the last."""
-
     # --- The rest ---
     completeness: float = 0.99
     """The threshold keeps at least this fraction of the real ones of the validation part."""
     resamples: int = 500
     """Of the bootstrap, by groups, from which intervals are."""
-    seed: int = 0
-    """Of everything random."""
     threads: int = 1
     """Of the computation."""
 
