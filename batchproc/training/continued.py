@@ -35,7 +35,7 @@ class _ByLayout(nn.Module):
     def forward(self, stamps: torch.Tensor, *features: torch.Tensor) -> torch.Tensor:
         """Of stamps ``(n, c, size, size)``."""
         found = self.body(stamps.permute(0, 2, 3, 1) if self.layout == "NHWC" else stamps, *features)
-        return torch.flatten(found, 1)
+        return found if found.ndim == 2 else torch.flatten(found, 1)
 
 
 def continue_from(

@@ -218,10 +218,12 @@ def _batch_norm(values: Values, attributes: Attributes) -> torch.Tensor:
 
 def _gemm(values: Values, attributes: Attributes) -> torch.Tensor:
     a, b, *rest = values
+    bias = rest[0] if rest else None
     a = a.T if attributes.get("transA") else a
-    b = b.T if attributes.get("transB") else b
-    out = attributes.get("alpha", 1.0) * (a @ b)
-    return out + attributes.get("beta", 1.0) * rest[0] if rest and rest[0] is not None else out
+    weight = b if attributes.get("transB") else b.T
+    alpha, beta = attributes.get("alpha", 1.0), attributes.get("beta", 1.0)
+    bias = bias if bias is None or beta == 1.0 else beta * bias
+    return functional.linear(a, weight if alpha == 1.0 else alpha * weight, bias)
 
 
 def _reshape(values: Values, attributes: Attributes) -> torch.Tensor:
