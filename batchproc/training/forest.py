@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,16 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from batchproc.errors import ModelError, UsageError
+from batchproc.io.atomic import write_bytes
+from batchproc.io.cards import InputCard
+from batchproc.training.examples import Examples
+from batchproc.training.settings import TrainSettings
 from batchproc.training.terms import IR, OPSET, TERMS, columns_of, compute, to_onnx
+from batchproc.training.train import Learnt
 
-__all__ = ["Forest", "ForestConfig", "fit_forest"]
+__all__ = ["Forest", "ForestConfig", "fit_forest", "learn"]
+
+FILE = "model.onnx"
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,8 @@ class ForestConfig:
     """Candidates in it."""
     terms: tuple[str, ...] = TERMS
     """See `batchproc.training.terms`."""
+    balanced: bool = True
+    """Each class is weighted alike, whatever its number; otherwise each candidate."""
     seed: int = 0
     threads: int = 1
 
@@ -108,7 +118,7 @@ def fit_forest(
     config: ForestConfig | None = None,
     classes: Sequence[str] | None = None,
 ) -> Forest:
-    """Grow a forest on candidates of known kind, each class weighted alike, whatever its number.
+    """Grow a forest on candidates of known kind.
 
     Parameters
     ----------
@@ -148,12 +158,38 @@ def fit_forest(
         n_estimators=config.trees,
         max_leaf_nodes=config.leaves,
         min_samples_leaf=config.smallest_leaf,
-        class_weight="balanced",
+        class_weight="balanced" if config.balanced else None,
         random_state=config.seed,
         n_jobs=config.threads,
     )
     estimator.fit(compute(config.terms, table)[complete], names[complete])
     return Forest(estimator, tuple(config.terms), tuple(classes))
+
+
+def learn(
+    train: Examples, valid: Examples, *, classes: Sequence[str], folder: Path, settings: TrainSettings, quiet: bool
+) -> Learnt:
+    """A `batchproc.training.train.Learner`: no stamps are looked at, and `valid` is left to choose the threshold by."""
+    config = ForestConfig(
+        trees=settings.trees,
+        leaves=settings.leaves,
+        smallest_leaf=settings.smallest_leaf,
+        terms=settings.features or TERMS,
+        balanced=settings.balance != "none",
+        seed=settings.seed,
+        threads=settings.threads,
+    )
+    forest = fit_forest(train.table, train.label, config=config, classes=classes)
+    write_bytes(folder / FILE, forest.to_onnx())
+    notes = {
+        **{key: value for key, value in asdict(config).items() if key not in ("terms", "threads", "seed")},
+        "importance": {term: round(share, 4) for term, share in forest.importance.items()},
+    }
+    return Learnt(
+        files={"float": FILE},
+        input=InputCard(size=0, normalisation="none", channels=(), features=forest.features),
+        notes=notes,
+    )
 
 
 def _not_installed(error: ImportError) -> ModelError:

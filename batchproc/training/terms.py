@@ -25,6 +25,7 @@ __all__ = ["IR", "LIMIT", "OPSET", "TERMS", "Term", "columns_of", "compute", "pa
 #: the others say where on the detector it lies.
 TERMS: tuple[str, ...] = (
     "|scorr|",
+    "|flux/flux_err|",
     "chi2",
     "dipole",
     "elongation",
@@ -119,7 +120,7 @@ def to_onnx(terms: Sequence[str], columns: Sequence[str]) -> Any:
 
     node, value = onnx.helper.make_node, onnx.TensorProto.FLOAT
     nodes = [node("Split", ["features"], [f"c_{name}" for name in columns], axis=1, num_outputs=len(columns))]
-    constants: dict[str, NDArray] = {"low": np.float32(-LIMIT), "high": np.float32(LIMIT), "zero": np.float32(0)}
+    constants: dict[str, Any] = {"low": np.float32(-LIMIT), "high": np.float32(LIMIT), "zero": np.float32(0)}
     constants["two"] = np.float32(2)
     for k, term in enumerate(map(parse, terms)):
         last = f"c_{term.over}"
