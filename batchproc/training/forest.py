@@ -89,6 +89,7 @@ class Forest:
             raise _not_installed(error) from None
         grown = convert_sklearn(
             self.estimator,
+            name="forest",  # otherwise a random one: the same forest shall be the same bytes
             initial_types=[("terms", FloatTensorType([None, len(self.terms)]))],
             options={id(self.estimator): {"zipmap": False}},
             target_opset={"": OPSET, "ai.onnx.ml": 3},
