@@ -81,7 +81,8 @@ class TrainSettings(FitConfig):
     layout: str = ""
     """Axes of the exported input, ``NCHW`` or ``NHWC``; by default NCHW, or that of the base."""
     features: tuple[str, ...] = ()
-    """Columns that the model takes besides the stamp, raw: they are standardised inside it."""
+    """Columns that the model takes besides the stamp, raw: they are standardised inside it. Of a forest, which takes
+    nothing else, also terms made of them (`batchproc.training.terms`), by default those listed there."""
 
     # --- Parts ---
     valid: float = 0.15
@@ -102,6 +103,14 @@ class TrainSettings(FitConfig):
     holdout: tuple[str, ...] = ()
     """``COLUMN=VALUE``: all of these are measured on, and only these."""
 
+    # --- Of a forest ---
+    trees: int = 200
+    """Their number."""
+    leaves: int = 256
+    """Of a tree, at most."""
+    smallest_leaf: int = 5
+    """Examples in a leaf, at least."""
+
     # --- The rest ---
     completeness: float = 0.99
     """The threshold keeps at least this fraction of the real ones of the validation part."""
@@ -120,12 +129,14 @@ class TrainSettings(FitConfig):
                 yield f"{name} = {getattr(self, name)!r}; expected one of: {', '.join(filter(None, known))}"
         if not (0 < self.valid < 1 and 0 < self.test < 1 and self.valid + self.test < 1):
             yield f"valid = {self.valid}, test = {self.test}: shares above 0 that leave something to train on"
-        for name in ("epochs", "batch", "patience", "bins", "threads", "resamples"):
+        for name in ("epochs", "batch", "patience", "bins", "threads", "resamples", "trees", "smallest_leaf"):
             if getattr(self, name) < 1:
                 yield f"{name} = {getattr(self, name)}: must be at least 1"
         for name in ("size", "learning_rate", "weight_decay", "body_rate", "head_epochs", "same_arcsec", "seed"):
             if getattr(self, name) < 0:
                 yield f"{name} = {getattr(self, name)}: must not be negative"
+        if self.leaves < 2:
+            yield f"leaves = {self.leaves}: must be at least 2"
         if not self.cell_arcmin > 0:
             yield f"cell_arcmin = {self.cell_arcmin}: must be above 0"
         if not 0 < self.completeness <= 1:

@@ -28,6 +28,7 @@ from batchproc.training.multiclass import measure_classes
 from batchproc.training.report import measure
 from batchproc.training.settings import TrainSettings
 from batchproc.training.splits import PARTS, Split, split_examples
+from batchproc.training.terms import TERMS, columns_of
 
 __all__ = ["LEARNERS", "Learner", "Learnt", "Trained", "classes_of", "part_table", "train_model"]
 
@@ -204,7 +205,7 @@ def _make_room(folder: Path, overwrite: bool) -> None:
 
 
 def _check_features(examples: Examples, settings: TrainSettings) -> None:
-    for name in settings.features:
+    for name in columns_of(settings.features or TERMS) if settings.kind == "forest" else settings.features:
         if name not in examples.table:
             there = [str(c) for c in examples.table if pd.api.types.is_numeric_dtype(examples.table[c])]
             raise UsageError(f"feature {name!r}: no such column; columns of numbers are: {', '.join(there)}")

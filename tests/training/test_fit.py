@@ -9,7 +9,8 @@ import pytest
 
 from batchproc.errors import ModelError
 from batchproc.io.cards import InputCard, ModelCard, read_card
-from batchproc.io.models import check_model, file_hash, load_model
+from batchproc.io.model_checks import check_model
+from batchproc.io.models import file_hash, load_model
 from batchproc.io.quantise import agreement, quantise_model
 from batchproc.learning.evaluate import auc_roc
 
@@ -92,8 +93,8 @@ def test_int8_agrees_and_says_how_well(folder):
     card = read_card(folder)
     assert set(card.files) == {"float", "int8"}
     assert card.default_variant == "float"
-    assert card.quantisation["n_stamps"] == 300
-    assert card.quantisation["mean_difference"] < 0.05
+    assert card.quantisation["int8"]["n_stamps"] == 300
+    assert card.quantisation["int8"]["mean_difference"] < 0.05
     assert len(check_model(folder)) == 3
     stamps, real = toy_stamps(200, 3)
     scores = load_model(folder, variant="int8").predict(stamps)
