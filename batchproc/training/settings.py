@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
+from batchproc.config import settings_from
 from batchproc.errors import ConfigError
 
 __all__ = ["FitConfig", "TrainSettings"]
@@ -164,24 +165,8 @@ class TrainSettings(FitConfig):
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: cannot be read as settings: {error}") from error
-        return cls.from_dict(values, str(path))
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "settings") -> TrainSettings:
-        """As `from_toml`, of a dictionary that came from `where`."""
-        defaults = {f.name: f.default for f in fields(cls)}
-        unknown = sorted(set(values) - set(defaults))
-        if unknown:
-            raise ConfigError(f"{where}: unknown {', '.join(unknown)}; known: {', '.join(defaults)}")
-        return cls(**{key: _typed(key, value, defaults[key], where) for key, value in values.items()})
-
-
-def _typed(key: str, value: Any, default: Any, where: str) -> Any:
-    """A value of the type of its default; whole numbers will do for others."""
-    if isinstance(default, tuple) and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
-        return tuple(value)
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not type(default):
-        raise ConfigError(f"{where}: {key} = {value!r}: expected {type(default).__name__}, as in {default!r}")
-    return value
+        try:
+            settings: TrainSettings = settings_from(cls, values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        return settings
