@@ -42,9 +42,9 @@ THRESHOLD_SIGMA = 3.75  # of the search that stamps are taken from
 INPUT = InputCard(size=SIZE, normalisation="noise-log")
 
 #: Part → seeds of simulated nights, and of rounds over the coadd's regions of that part.
-NIGHTS = {"train": range(100, 160), "valid": range(200, 206), "test": range(300, 310)}
-ROUNDS = {"train": range(6), "valid": range(10, 13), "test": range(20, 24)}
-GOTO_SEEDS = range(4)
+NIGHTS = {"train": range(1000, 1240), "valid": range(2000, 2012), "test": range(3000, 3012)}
+ROUNDS = {"train": range(100, 116), "valid": range(200, 206), "test": range(300, 305)}
+GOTO_SEEDS = range(6)
 
 
 # --- Stamps -----------------------------------------------------------------------------------------------------------
