@@ -32,6 +32,7 @@ PLANTED = np.dtype([*((n, np.float64) for n in ("x", "y", "flux", "snr")), ("kin
 ToRef = Callable[[NDArray, NDArray], tuple[NDArray, NDArray]]
 
 FAINTEST = 6.0  # S/N of what is planted
+LEAST_CHANGE = 0.1  # of a star's light: what varies less is lost among what stars leave behind
 _NEIGHBOURS = 12  # stars that tell the PSF of a place, where there are three times as many
 
 
@@ -59,16 +60,18 @@ def plant(
             clip_bright(exposure, rng) if rng.uniform() < share else (exposure, lost)
             for exposure, lost, share in ((new, clipped[0], 0.15), (ref, clipped[1], 0.5))
         )
+    lights: list[NDArray] = []
     places, psfs, sigmas, variances = [], [], [], []
     for exposure in (new, ref):
         sky = measure_background(exposure.data, exposure.mask != 0)
         data = exposure.data - sky.level
+        lights.append(data)
         psfs.append(own_psf(data, sky.rms, exposure, rng))
         sigmas.append(sky.global_rms)
         places.append(find_sources(data, sky.rms, exposure.mask))
         variances.append(sky.global_rms**2 + np.maximum(uniform_filter(data, 3), 0))
     scale = _flux_ratio(places, to_ref)
-    truth = _draw(new.shape, places[0], psfs[0], rng, 6 * n)
+    truth = _draw(lights[0], places[0], psfs[0], rng, 6 * n)
     usable = (new.mask == 0) & ~clipped[0], (ref.mask == 0) & ~clipped[1]
     truth = truth[_clear(truth, usable, to_ref, psfs[0].fwhm, separation)[: 2 * n]]
     x_ref, y_ref = to_ref(truth["x"], truth["y"])
@@ -195,11 +198,11 @@ def _profile(shapes: NDArray[np.float64], off: tuple[float, float], beta: float 
 # --- Where, what and how bright ---------------------------------------------------------------------------------------
 
 
-def _draw(shape: tuple[int, int], sources: Sources, psf: LocalPsf, rng: np.random.Generator, n: int) -> NDArray:
+def _draw(light: NDArray, sources: Sources, psf: LocalPsf, rng: np.random.Generator, n: int) -> NDArray:
     """Places and kinds of `n`, more than will find room; ``flux`` is their S/N yet, but for those that vary."""
     truth = np.zeros(n, PLANTED)
     share = rng.uniform(size=n)
-    ny, nx = shape
+    ny, nx = light.shape
     truth["x"], truth["y"] = rng.uniform(0, nx - 1, n), rng.uniform(0, ny - 1, n)
     truth["kind"] = "new"
     truth["flux"] = np.exp(rng.uniform(np.log(FAINTEST), np.log(150), n))
@@ -217,9 +220,13 @@ def _draw(shape: tuple[int, int], sources: Sources, psf: LocalPsf, rng: np.rando
 
     varies = (share > 0.6) if len(hosts) else np.zeros(n, bool)
     host = rng.choice(hosts, varies.sum()) if len(hosts) else hosts
-    change = sources.flux[host] * np.exp(rng.uniform(np.log(0.05), 0, len(host)))
-    truth["x"][varies], truth["y"][varies] = sources.x[host], sources.y[host]
-    fades = (rng.uniform(size=len(host)) < 0.4) & (change < 0.8 * sources.flux[host])
+    x, y = sources.x[host], sources.y[host]
+    # By the pixel in their middle: what a total flux has of neighbours cannot fade with them.
+    middle = light[np.rint(y).astype(int), np.rint(x).astype(int)]
+    flux = np.minimum(sources.flux[host], middle / [psf.at(*place).max() for place in zip(x, y, strict=True)])
+    change = np.maximum(flux, 0) * np.exp(rng.uniform(np.log(LEAST_CHANGE), 0, len(host)))
+    truth["x"][varies], truth["y"][varies] = x, y
+    fades = (rng.uniform(size=len(host)) < 0.4) & (change < 0.8 * flux)
     truth["flux"][varies] = np.where(fades, -change, change)
     truth["kind"][varies] = "variable"
     return truth
