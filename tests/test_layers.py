@@ -21,6 +21,7 @@ FLOORS = {
     "recipe": 3,
     "distribute": 4,
     "display": 5,
+    "drawing": 5,
     "explore": 5,
     "report": 5,
     "finish": 5,

@@ -48,7 +48,7 @@ def models_add(path: Path, weights: Path | None, name: str | None, normalisation
     `add braai WEIGHTS` makes the model of ZTF's network braai from its Keras weights (needs the extra 'import').
     """
     from batchproc.io.braai import add_braai
-    from batchproc.io.models import add_model
+    from batchproc.io.model_checks import add_model
 
     if weights is None:
         if normalisation is not None:
@@ -95,7 +95,7 @@ def models_quantise(model: str, run: Path, most: int) -> int:
 )
 def models_check(model: str, device: str) -> int:
     """Verify that a model's files are those on its card and that each version of it runs."""
-    from batchproc.io.models import check_model
+    from batchproc.io.model_checks import check_model
 
     for line in check_model(model, device):
         click.echo(line)

@@ -13,7 +13,8 @@ from batchproc.errors import ModelError
 from batchproc.io.cards import CARD, InputCard, ModelCard
 from batchproc.io.keras import read_sequential
 from batchproc.io.keras_to_onnx import to_onnx
-from batchproc.io.models import add_model, file_hash
+from batchproc.io.model_checks import add_model
+from batchproc.io.models import file_hash
 
 __all__ = ["NETWORK", "VERSIONS", "add_braai"]
 

@@ -247,9 +247,8 @@ def finish_card(out: Path, parts: dict[str, Harvest], data: Path) -> None:
     found = {variant: tables(load_model(out, variant=variant), parts, data) for variant in ("float", "int8")}
     default, speed = choose_default(out, parts, found)
     card = read_card(out)
-    quantisation = {**card.quantisation, "stamps_per_cpu_second": speed}
     metrics = tuple(table for variant in found for table in found[variant])
-    card = replace(card, default_variant=default, quantisation=quantisation, metrics=metrics)
+    card = replace(card, default_variant=default, speed={**card.speed, **speed}, metrics=metrics)
     (out / CARD).write_text(card.to_toml())
     for table in metrics:
         print(

@@ -16,7 +16,8 @@ from batchproc.cli import cli
 from batchproc.errors import ModelError
 from batchproc.io.braai import add_braai
 from batchproc.io.cards import InputCard, read_card
-from batchproc.io.models import check_model, load_model, models_folder
+from batchproc.io.model_checks import check_model
+from batchproc.io.models import load_model, models_folder
 from batchproc.io.quantise import quantise_onnx
 from tests._real import data
 from tests.io import _keras
