@@ -15,7 +15,7 @@ from batchproc.io.catalogue import open_catalogue
 from batchproc.io.run_folder import RunFolder
 from batchproc.report.facts import MATCH_PIX, match_known, read_table, read_truth
 
-__all__ = ["BREAK_DOWN", "Candidates", "read_candidates"]
+__all__ = ["BREAK_DOWN", "Candidates", "label_run", "read_candidates"]
 
 #: Columns by which results are broken down where nothing else is asked for.
 BREAK_DOWN = ("ccd", "filter", "fwhm_new", "fwhm", "seeing", "mag", "mjd")
@@ -81,7 +81,7 @@ def read_candidates(
     """
     path = Path(source)
     if path.is_dir():
-        table, notes = _of_run(path, truth)
+        table, notes = label_run(path, truth)
         chosen = list(scores) or _models(table, path)
     else:
         if truth is not None:
@@ -138,7 +138,8 @@ def _of_table(path: Path) -> tuple[pd.DataFrame, list[str]]:
     return table.assign(real=values.astype(bool)), []
 
 
-def _of_run(path: Path, truth: str | Path | None) -> tuple[pd.DataFrame, list[str]]:
+def label_run(path: Path, truth: str | Path | None = None) -> tuple[pd.DataFrame, list[str]]:
+    """The catalogue of a run with `real` beside it, for candidates of known truth, and what was left out, in words."""
     folder = RunFolder.existing(path)
     known = read_truth(folder, truth)
     if known is None:

@@ -295,7 +295,7 @@ def _metrics(
         f"held out: {', '.join(settings.holdout)}" if settings.holdout else "the test part, its groups never trained on"
     )
     groups = None if len(np.unique(group)) < 2 or settings.group == "none" else group
-    common = {"groups": groups, "resamples": settings.resamples}
+    common: dict[str, Any] = {"groups": groups, "resamples": settings.resamples}
     if card.classes == (REAL,):
         selection = f"{REAL} against {BOGUS}, as labelled"
         found = measure(on, selection, test.label == REAL, scores, threshold=card.threshold, **common)
