@@ -18,7 +18,7 @@ from batchproc.training.examples import BOGUS, REAL, Examples
 from batchproc.training.settings import TrainSettings
 from batchproc.training.train import Learnt
 
-__all__ = ["Prepared", "learn"]
+__all__ = ["Prepared", "check_torch", "learn"]
 
 #: Stamps prepared at a time where all are looked at.
 _CHUNK = 4096
@@ -63,7 +63,7 @@ def learn(
     ModelError
         A base that cannot be continued from.
     """
-    torch = _torch()
+    torch = check_torch()
     from batchproc.training.fit import export_onnx, fit
     from batchproc.training.networks import new_network, recipe_of
 
@@ -120,7 +120,8 @@ def learn(
     )
 
 
-def _torch() -> Any:
+def check_torch() -> Any:
+    """The package; raises `UsageError` saying what to install where it is not there."""
     try:
         import onnx  # noqa: F401  # the exporter of torch needs it
         import torch
