@@ -25,14 +25,17 @@ SUFFIXES = (".onnx", ".tflite")
 
 @dataclass(frozen=True)
 class InputCard:
-    """What a model wants to see: the arguments of `batchproc.learning.inputs.to_tensor`, and features."""
+    """What a model wants to see: the arguments of `batchproc.learning.inputs.to_tensor`, and features.
+
+    A model of features alone has no channels: ``size = 0``, ``normalisation = "none"``, ``channels = []``.
+    """
 
     size: int
-    """Side in pixels."""
+    """Side in pixels; 0 for a model of features alone."""
     normalisation: str
     """A name in `batchproc.learning.inputs.NORMALISATIONS`."""
     channels: tuple[str, ...] = CHANNELS
-    """Channels in the model's order."""
+    """Channels in the model's order; none: it takes features alone."""
     layout: str = "NCHW"
     """Order of the axes of its input."""
     min_finite: float = 0.5
@@ -146,11 +149,15 @@ def _problems(card: ModelCard) -> Iterator[str]:
         yield "[input] must be a table"
         return
     wanted = card.input
-    if not isinstance(wanted.size, int) or wanted.size < 1:
-        yield f"input.size = {wanted.size!r}: must be a whole number of pixels"
+    if not wanted.channels and not wanted.features:
+        yield "input.channels and input.features are both empty: what does the model look at?"
+    least = 1 if wanted.channels else 0
+    if not isinstance(wanted.size, int) or wanted.size < least or (wanted.size and not wanted.channels):
+        expected = "a whole number of pixels" if wanted.channels else "0 where there are no channels"
+        yield f"input.size = {wanted.size!r}: must be {expected}"
     if wanted.normalisation not in NORMALISATIONS:
         yield f"input.normalisation = {wanted.normalisation!r}; known: {', '.join(NORMALISATIONS)}"
-    if not wanted.channels or not set(wanted.channels) <= set(CHANNELS):
+    if not set(wanted.channels) <= set(CHANNELS):
         yield f"input.channels = {list(wanted.channels)}; known: {', '.join(CHANNELS)}"
     if wanted.layout not in LAYOUTS:
         yield f"input.layout = {wanted.layout!r}; known: {', '.join(LAYOUTS)}"

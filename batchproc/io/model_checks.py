@@ -28,7 +28,7 @@ def add_model(path: str | Path, name: str | None = None) -> Path:
     Parameters
     ----------
     path : str or Path
-        A folder with a card.
+        A folder with a card, or the name of a model that there is already.
     name : str, optional
         What it shall be called; by default the name on its card. The copy's card says so.
 
@@ -37,7 +37,7 @@ def add_model(path: str | Path, name: str | None = None) -> Path:
     ModelError
         No card, files that are not those on the card, a model that does not run, or a name that is taken.
     """
-    source = Path(path)
+    source = list_models().get(str(path), Path(path))
     if not (source / CARD).is_file():
         raise ModelError(f"{source}: a model is a folder with a {CARD} and the files it names; no {CARD} here")
     card = read_card(source)
@@ -136,10 +136,14 @@ def _edgetpu_verdicts(folder: Path, card: ModelCard, paths: dict[str, Path]) -> 
         yield f"to run it there: edgetpu_compiler {ready}; then put what that writes on the card as a variant"
 
 
-def _specimens(card: ModelCard) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+def _specimens(card: ModelCard) -> tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]:
     """Generated stamps to try a model on: noise with and without a source, the last one blank."""
     random = np.random.default_rng(0)
     n, size = 32, card.input.size
+    if not card.input.channels:
+        table = random.normal(0.0, 1.0, (n + 1, len(card.input.features))).astype(np.float32)
+        table[n] = np.nan
+        return None, table
     stamps = random.normal(0.0, 1.0, (n + 1, 3, size, size)).astype(np.float32)
     y, x = np.mgrid[:size, :size] - size // 2
     source = np.exp(-(x**2 + y**2) / 4.0) * np.geomspace(1, 100, n)[:, None, None]

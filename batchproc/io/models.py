@@ -35,6 +35,7 @@ __all__ = [
     "ModelCard",
     "file_hash",
     "find_model",
+    "is_bundled",
     "list_models",
     "load_model",
     "models_folder",
@@ -94,6 +95,11 @@ class Model:
         return self.card.classes
 
     @property
+    def takes_stamps(self) -> bool:
+        """Whether it looks at pixels; otherwise at features alone."""
+        return bool(self.card.input.channels)
+
+    @property
     def threshold(self) -> float:
         """Scores at or above it are taken for real."""
         return self.card.threshold
@@ -105,7 +111,8 @@ class Model:
         ----------
         stamps : array_like (n, 3, h, w)
             New, reference, difference as the pipeline cuts them, un-normalised; NaN where there is no data. Read
-            `batch` rows at a time, so a lazy array (``open_stamps(RUN)``) never has to fit into memory.
+            `batch` rows at a time, so a lazy array (``open_stamps(RUN)``) never has to fit into memory. Not looked at,
+            and may be None, for a model of features alone (`takes_stamps`).
         features : array_like (n, k), optional
             The catalogue columns named on the card, for models that take any.
         batch : int
@@ -114,39 +121,47 @@ class Model:
         Returns
         -------
         ndarray (n,) float32, or (n, classes) where there are several
-            Probabilities. NaN: not scored, for too little of the stamp holds data.
+            Probabilities. NaN: not scored, for too little of the stamp holds data, or a feature is missing.
 
         Raises
         ------
         ModelError
             Stamps or features that do not fit the card, or a backend that cannot be had as asked.
         """
-        stamps = stamps if hasattr(stamps, "shape") else np.asarray(stamps)
-        self._check_stamps(stamps.shape)
-        table = self._check_features(features, stamps.shape[0])
-        scores = np.full((stamps.shape[0], len(self.classes)), np.nan, np.float32)
+        n: int | None = None
+        if self.takes_stamps:
+            stamps = stamps if hasattr(stamps, "shape") else np.asarray(stamps)
+            self._check_stamps(stamps.shape)
+            n = stamps.shape[0]
+        table = self._check_features(features, n)
+        n = len(np.asarray(table)) if n is None else n
+        scores = np.full((n, len(self.classes)), np.nan, np.float32)
         backend = open_backend(self.file, self.hash, self.threads, self.provider)
-        for start in range(0, len(scores), batch):
+        for start in range(0, n, batch):
             rows = slice(start, start + batch)
-            scores[rows] = self._score(backend, np.asarray(stamps[rows]), None if table is None else table[rows])
+            some = np.asarray(stamps[rows]) if self.takes_stamps else None
+            scores[rows] = self._score(backend, some, None if table is None else table[rows])
         return scores[:, 0] if len(self.classes) == 1 else scores
 
     def _score(
-        self, backend: Backend, stamps: NDArray[np.floating], features: NDArray[np.float32] | None
+        self, backend: Backend, stamps: NDArray[np.floating] | None, features: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
-        tensor, scored = self.card.input_of(self.variant).prepare(stamps)
-        given = [tensor]
+        given, usable = [], []
+        if stamps is not None:
+            tensor, scored = self.card.input_of(self.variant).prepare(stamps)
+            given, usable = [tensor], [scored]
         if features is not None:
             complete = np.asarray(np.all(np.isfinite(features), axis=1))
-            scored = scored & complete
             given.append(np.where(complete[:, None], features, np.float32(0.0)))
+            usable.append(complete)
+        n = len(given[0])
         out = backend.run(given)
-        if out.size != len(tensor) * len(self.classes):
+        if out.size != n * len(self.classes):
             raise ModelError(
-                f"{self.file}: answered {out.shape} to {len(tensor)} stamps; expected ({len(tensor)}, "
-                f"{len(self.classes)}) for the classes on its card: {', '.join(self.classes)}"
+                f"{self.file}: answered {out.shape} to {n} stamps; expected ({n}, {len(self.classes)}) for the "
+                f"classes on its card: {', '.join(self.classes)}"
             )
-        return np.where(scored[:, None], out.reshape(len(tensor), -1), np.float32(np.nan))
+        return np.where(np.all(usable, axis=0)[:, None], out.reshape(n, -1), np.float32(np.nan))
 
     def _check_stamps(self, shape: tuple[int, ...]) -> None:
         if len(shape) != 4 or shape[1] != len(CHANNELS):
@@ -161,18 +176,24 @@ class Model:
                 f"at least {least:.0%} must hold data. Cut larger stamps (cutouts.size), or take another model"
             )
 
-    def _check_features(self, features: ArrayLike | None, n: int) -> NDArray[np.float32] | None:
+    def _check_features(self, features: ArrayLike | None, n: int | None) -> NDArray[np.float32] | None:
+        """As float32; `n` rows of them, or any number for None."""
         names = self.card.input.features
         if not names:
             if features is not None:
                 raise ModelError(f"model {self.name} takes no features; leave them out")
             return None
+        rows = "n" if n is None else n
         if features is None:
-            raise ModelError(f"model {self.name} needs the features {', '.join(names)}: an array ({n}, {len(names)})")
-        table = np.asarray(features, dtype=np.float32)
-        if table.shape != (n, len(names)):
             raise ModelError(
-                f"model {self.name}: features of shape {table.shape}; expected ({n}, {len(names)}): {', '.join(names)}"
+                f"model {self.name} needs the features {', '.join(names)}: an array ({rows}, {len(names)})"
+            )
+        with np.errstate(over="ignore"):  # beyond float32 is infinite, and not scored
+            table = np.asarray(features).astype(np.float32)
+        if table.ndim != 2 or table.shape != (len(table) if n is None else n, len(names)):
+            raise ModelError(
+                f"model {self.name}: features of shape {table.shape}; expected ({rows}, {len(names)}): "
+                f"{', '.join(names)}"
             )
         return table
 
@@ -197,6 +218,11 @@ def list_models() -> dict[str, Path]:
             for card in sorted(place.glob(f"*/{CARD}")):
                 found.setdefault(card.parent.name, card.parent)
     return found
+
+
+def is_bundled(name: str) -> bool:
+    """Whether a model of this name comes with batchproc."""
+    return (_BUNDLED / name / CARD).is_file()
 
 
 def find_model(name_or_path: str | Path) -> Path:

@@ -63,7 +63,7 @@ def _per_channel(operator: Operator, dense: bool) -> bool:
 
 
 def _activation_steps(graph: Graph, ranges: Ranges) -> dict[str, Steps]:
-    steps = {}
+    steps: dict[str, Steps] = {}
     for group in _in_common(graph):
         fixed = {_FIXED[o.kind] for o in graph.operators if o.output in group and o.kind in _FIXED}
         low, high = min(ranges[name][0] for name in group), max(ranges[name][1] for name in group)
@@ -74,7 +74,7 @@ def _activation_steps(graph: Graph, ranges: Ranges) -> dict[str, Steps]:
                 f"{', '.join(sorted(group))}: probabilities and other numbers ({low:g} to {high:g}) are joined, which "
                 f"integers cannot hold in the same steps. Stay with float or ONNX"
             )
-        steps |= dict.fromkeys(group, Steps(np.float32([scale]), zero_point))
+        steps |= dict.fromkeys(group, Steps(np.array([scale], np.float32), zero_point))
     return steps
 
 
@@ -103,7 +103,7 @@ def _weights(graph: Graph, operator: Operator, steps: Mapping[str, Steps], *, pe
     offsets = np.rint(_data(bias).astype(np.float64) / (np.float64(scale_in) * scales))
     return {
         weights.name: replace(weights, data=whole, dtype=np.int8, steps=Steps(scales, 0, axis)),
-        bias.name: replace(bias, data=offsets, dtype=np.int32, steps=Steps(np.float32(scale_in * scales))),
+        bias.name: replace(bias, data=offsets, dtype=np.int32, steps=Steps((scale_in * scales).astype(np.float32))),
     }
 
 
@@ -115,7 +115,7 @@ def _constants(graph: Graph, operator: Operator) -> dict[str, Tensor]:
             data = _data(tensor)
             scale, zero_point = activation_steps(float(data.min()), float(data.max()))
             whole = quantise(data, scale, zero_point)
-            tensor = replace(tensor, data=whole, dtype=np.int8, steps=Steps(np.float32([scale]), zero_point))
+            tensor = replace(tensor, data=whole, dtype=np.int8, steps=Steps(np.array([scale], np.float32), zero_point))
         found[tensor.name] = tensor
     return found
 
