@@ -45,7 +45,8 @@ def models_show(model: str) -> int:
 def models_add(path: Path, weights: Path | None, name: str | None, normalisation: str | None) -> int:
     """Check a model (a folder with card.toml and ONNX or TFLite files) and copy it to where runs find it by name.
 
-    `add braai WEIGHTS` makes the model of ZTF's network braai from its Keras weights (needs the extra 'import').
+    `add braai WEIGHTS` makes the model of ZTF's network braai from its Keras weights, in ONNX (needs the extra
+    'import') and in TFLite (where the extra 'quantise' is installed too).
     """
     from batchproc.io.braai import add_braai
     from batchproc.io.model_checks import add_model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,15 @@ from batchproc.io.tflite.lower import lower
 from batchproc.io.tflite.ranges import observed_ranges
 from batchproc.io.tflite.write import to_bytes
 
-__all__ = ["LAYOUT", "float_file", "integer_file"]
+__all__ = ["LAYOUT", "can_write", "float_file", "integer_file"]
 
 #: Order of the axes of the inputs of what is made here.
 LAYOUT = "NHWC"
+
+
+def can_write() -> bool:
+    """Whether what is needed to write TFLite is installed; imports nothing."""
+    return all(map(find_spec, ("onnx", "flatbuffers", "ai_edge_litert")))
 
 
 def float_file(path: str | Path, layout: str) -> bytes:
