@@ -67,7 +67,8 @@ def models_add(path: Path, weights: Path | None, name: str | None, normalisation
     PATH is a folder with card.toml and ONNX or TFLite files, or a single ONNX or TFLite file: a card is made for it, of
     what the file tells and what the options say of it.
 
-    `add braai WEIGHTS` makes the model of ZTF's network braai from its Keras weights (needs the extra 'import').
+    `add braai WEIGHTS` makes the model of ZTF's network braai from its Keras weights, in ONNX (needs the extra
+    'import') and in TFLite (where the extra 'quantise' is installed too).
     """
     from batchproc.io.bare import Said, add_file
     from batchproc.io.braai import add_braai
@@ -93,24 +94,75 @@ def models_add(path: Path, weights: Path | None, name: str | None, normalisation
     return 0
 
 
-@models.command("quantise", epilog=example("batchproc models quantise mine --stamps RUN"))
+@models.command(
+    "quantise",
+    epilog=example(
+        "batchproc models quantise mine --stamps RUN --format onnx --format tflite",
+        "batchproc models quantise braai-d6_m7 --stamps night.tar.gz --format all",
+        "batchproc models quantise mine --stamps RUN --labels vetted.csv --tolerance 0.005",
+    ),
+)
 @click.argument("model")
 @click.option(
-    "--stamps", "run", required=True, type=click.Path(path_type=Path), help="A run whose stamps it is fitted to."
+    "--stamps",
+    "source",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Real stamps: a run, alert packets, or .npz. Half are calibrated on, the others measured on.",
 )
-@click.option("--most", type=click.IntRange(1), default=2000, show_default=True, help="Use at most so many stamps.")
-def models_quantise(model: str, run: Path, most: int) -> int:
-    """Add an int8 version to a model, and say how far it agrees with the exact one."""
-    from batchproc.distribute.plan import evenly
-    from batchproc.io.quantise import quantise_model
-    from batchproc.io.stamps import open_stamps
+@click.option(
+    "--format",
+    "formats",
+    type=click.Choice(["onnx", "tflite", "edgetpu", "all"]),
+    multiple=True,
+    help="May be repeated; edgetpu: TFLite that edgetpu_compiler takes.  [default: onnx]",
+)
+@click.option(
+    "--labels",
+    type=click.Path(path_type=Path),
+    help="What stamps are, for AUC-PR: a table with candidate_id or candid, and label or real.",
+)
+@click.option(
+    "--tolerance", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="Largest mean difference."
+)
+@click.option(
+    "--auc-pr-tolerance",
+    type=click.FloatRange(0, 1),
+    default=0.005,
+    show_default=True,
+    help="Largest loss of AUC-PR at 1:1, where labels are known.",
+)
+@click.option("--most", type=click.IntRange(1), default=4000, show_default=True, help="Use at most so many stamps.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of drawing and dividing them.")
+def models_quantise(
+    model: str,
+    source: Path,
+    formats: tuple[str, ...],
+    labels: Path | None,
+    tolerance: float,
+    auc_pr_tolerance: float,
+    most: int,
+    seed: int,
+) -> int:
+    """Add 8-bit versions to a model, and say how far each agrees with the exact one on stamps of their own.
 
-    stamps = open_stamps(run)
-    found = quantise_model(model, stamps[evenly(range(len(stamps)), most)])
-    click.echo(
-        f"int8 against float on {found.n_stamps} stamps: largest difference {found.largest_difference:.3f}, "
-        f"mean {found.mean_difference:.4f}; {found.lost} lost and {found.gained} gained at the threshold"
+    Written to its card as well. Exit code 2, and nothing is written, where one differs by more than the tolerances.
+    """
+    from batchproc.io.quantise import FORMATS, quantise_model
+    from batchproc.stamp_sources import some_stamps
+
+    some = some_stamps(source, most, labels=labels, seed=seed)
+    found = quantise_model(
+        model,
+        some.stamps,
+        formats=tuple(FORMATS) if "all" in formats else formats or ("onnx",),
+        labels=some.labels,
+        tolerance=tolerance,
+        auc_pr_tolerance=auc_pr_tolerance,
+        seed=seed,
     )
+    for variant, agreement in found.items():
+        click.echo(f"{variant} against float: {agreement}")
     return 0
 
 

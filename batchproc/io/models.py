@@ -35,6 +35,7 @@ __all__ = [
     "ModelCard",
     "file_hash",
     "find_model",
+    "is_bundled",
     "list_models",
     "load_model",
     "models_folder",
@@ -217,6 +218,11 @@ def list_models() -> dict[str, Path]:
             for card in sorted(place.glob(f"*/{CARD}")):
                 found.setdefault(card.parent.name, card.parent)
     return found
+
+
+def is_bundled(name: str) -> bool:
+    """Whether a model of this name comes with batchproc."""
+    return (_BUNDLED / name / CARD).is_file()
 
 
 def find_model(name_or_path: str | Path) -> Path:
