@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from batchproc.cli.common import InOrder, example
+from batchproc.cli.common import InOrder, device_option, example
 
 
 @click.group(cls=InOrder, epilog=example("batchproc models list"))
@@ -86,13 +86,7 @@ def models_quantise(model: str, run: Path, most: int) -> int:
 
 @models.command("check", epilog=example("batchproc models check realbogus"))
 @click.argument("model")
-@click.option(
-    "--device",
-    type=click.Choice(["cpu", "gpu", "edgetpu"]),
-    default="cpu",
-    show_default=True,
-    help="Where it shall run. Of edgetpu, also whether its compiler would take the file.",
-)
+@device_option("Where it shall run. Of edgetpu, also whether its compiler would take the file.")
 def models_check(model: str, device: str) -> int:
     """Verify that a model's files are those on its card and that each version of it runs."""
     from batchproc.io.models import check_model
