@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,6 @@ import pytest
 from batchproc import open_catalogue, open_stamps
 from batchproc.cli import main
 from batchproc.distribute import chunks as module
-from batchproc.distribute import persistent
 from batchproc.distribute.chunks import Chunk
 from batchproc.distribute.executors import SerialExecutor, WorkerDiedError
 from batchproc.distribute.scoring import check_workers, classify_chunks, images_of_a_chunk, plan_chunks
@@ -33,11 +31,16 @@ STUBS = Steps(process=_runs.process, wisdom=_runs.no_wisdom, report=_runs.report
 SERIAL = {"cluster": "serial", "quiet": True}
 
 
-class Deadly(_runs.Model):
-    """The process that scores with it ends at once."""
+class Dying(SerialExecutor):
+    """Workers that die under one of the models."""
 
-    def predict(self, stamps, features=None, *, batch=256):
-        os._exit(9)
+    def submit(self, function, *arguments, resources=None, priority=0):
+        def call(chunk):
+            if "deadly" in chunk.models:
+                raise WorkerDiedError("died")
+            return function(chunk)
+
+        return super().submit(call, *arguments)
 
 
 @pytest.fixture
@@ -139,12 +142,11 @@ def test_a_model_that_fails_costs_the_others_nothing(folder, models, monkeypatch
             classify(folder.path.with_name("other"), str(single), **SERIAL)
 
 
-def test_a_model_under_which_workers_die_is_found(folder, dask_executor, monkeypatch):
+def test_a_model_under_which_workers_die_is_found(folder):
     """After the first death each scores by itself: the others' scores are there, and it is named."""
-    monkeypatch.setattr(persistent, "_TRIALS", 2)
-    models, failed = [_runs.Model("a"), Deadly("deadly"), _runs.Model("b")], {}
+    models, failed = [_runs.Model("a"), _runs.Model("deadly"), _runs.Model("b")], {}
     chunks = list(plan_chunks(folder, models))
-    done = list(classify_chunks(folder, chunks, dask_executor, models=models, failed=failed))
+    done = list(classify_chunks(folder, chunks, Dying(), models=models, failed=failed))
     assert sorted(name for chunk in done for name in chunk.models) == ["a", "b"]
     assert list(failed) == ["deadly"]
     assert isinstance(failed["deadly"].error, WorkerDiedError)
