@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from batchproc.cli.common import InOrder, example
+from batchproc.cli.common import InOrder, device_option, example
 
 
 def _words(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -168,13 +168,7 @@ def models_quantise(
 
 @models.command("check", epilog=example("batchproc models check realbogus"))
 @click.argument("model")
-@click.option(
-    "--device",
-    type=click.Choice(["cpu", "gpu", "edgetpu"]),
-    default="cpu",
-    show_default=True,
-    help="Where it shall run. Of edgetpu, also whether its compiler would take the file.",
-)
+@device_option("Where it shall run. Of edgetpu, also whether its compiler would take the file.")
 def models_check(model: str, device: str) -> int:
     """Verify that a model's files are those on its card and that each version of it runs."""
     from batchproc.io.model_checks import check_model
