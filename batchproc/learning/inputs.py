@@ -223,15 +223,24 @@ def _over_norm(vectors: NDArray[np.float32], limit: float) -> NDArray[np.float32
     """
     out = np.zeros_like(vectors)
     for i in range(vectors.shape[0]):
-        total = 0.0
-        for value in vectors[i]:
-            total += np.float64(value) * np.float64(value) if value == value else 0.0  # NaN differs from itself
+        total = _sum_of_squares(vectors[i])
         if 0.0 < total <= limit:
             norm = np.sqrt(total)
             for k in range(vectors.shape[1]):
                 value = vectors[i, k]
                 out[i, k] = np.float64(value) / norm if value == value else 0.0
     return out
+
+
+# May be reordered by the compiler, but NaN must keep its meaning; with an index, see `batchproc.learning.noise_log`.
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
+def _sum_of_squares(values: NDArray[np.float32]) -> float:
+    total = 0.0
+    for k in range(values.size):
+        value = values[k]
+        v = np.float64(value) if value == value else 0.0  # NaN differs from itself
+        total += v * v
+    return total
 
 
 def _min_max(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
