@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from batchproc.cli.common import InOrder, example
+from batchproc.cli.common import InOrder, device_option, example
+
+
+def _words(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
+    return tuple(word.strip() for word in value.split(",")) if value else ()
 
 
 @click.group(cls=InOrder, epilog=example("batchproc models list"))
@@ -36,21 +41,46 @@ def models_show(model: str) -> int:
 
 
 @models.command(
-    "add", epilog=example("batchproc models add my_model/ --name mine", "batchproc models add braai d6_m7.h5")
+    "add",
+    epilog=example(
+        "batchproc models add my_model/ --name mine",
+        "batchproc models add mine.onnx --normalisation min-max --classes AGN,SN,bogus",
+        "batchproc models add braai d6_m7.h5",
+    ),
 )
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("weights", type=click.Path(path_type=Path), required=False)
-@click.option("--name", help="What it shall be called.  [default: the name on its card]")
-@click.option("--normalisation", help="How the stamps were normalised that weights of your own were trained with.")
-def models_add(path: Path, weights: Path | None, name: str | None, normalisation: str | None) -> int:
-    """Check a model (a folder with card.toml and ONNX or TFLite files) and copy it to where runs find it by name.
+@click.option("--name", help="What it shall be called.  [default: the name on its card, or of its file]")
+@click.option("--normalisation", help="Of a file, or weights of your own: how the stamps were normalised.")
+@click.option("--size", type=click.IntRange(1), help="Of a file: side of its stamps.  [default: as in the file]")
+@click.option(
+    "--channels", callback=_words, metavar="A,B", help="Of a file: in its order.  [default: new,ref,difference]"
+)
+@click.option("--layout", type=click.Choice(["NCHW", "NHWC"]), help="Of a file: its axes.  [default: as in the file]")
+@click.option("--classes", callback=_words, metavar="A,B", help="Of a file with several answers: in its order.")
+@click.option("--features", callback=_words, metavar="A,B", help="Of a file that takes columns of the catalogue.")
+@click.option("--threshold", type=click.FloatRange(0, 1), help="Of a file: what it takes for real.  [default: 0.5]")
+@click.option("--licence", help="Of a file.  [default: not stated]")
+def models_add(path: Path, weights: Path | None, name: str | None, normalisation: str | None, **said: Any) -> int:
+    """Check a model and copy it to where runs find it by name.
+
+    PATH is a folder with card.toml and ONNX or TFLite files, or a single ONNX or TFLite file: a card is made for it, of
+    what the file tells and what the options say of it.
 
     `add braai WEIGHTS` makes the model of ZTF's network braai from its Keras weights, in ONNX (needs the extra
     'import') and in TFLite (where the extra 'quantise' is installed too).
     """
+    from batchproc.io.bare import Said, add_file
     from batchproc.io.braai import add_braai
+    from batchproc.io.cards import SUFFIXES
     from batchproc.io.model_checks import add_model
 
+    given = {option: value for option, value in said.items() if value not in (None, ())}
+    if weights is None and path.suffix in SUFFIXES and not path.is_dir():
+        click.echo(add_file(path, Said(name=name or "", normalisation=normalisation or "", **given)))
+        return 0
+    if given:
+        raise click.UsageError(f"--{next(iter(given))} is for a file without a card; {path} is none")
     if weights is None:
         if normalisation is not None:
             raise click.UsageError("--normalisation is for weights; a folder has its normalisation on its card")
@@ -138,13 +168,7 @@ def models_quantise(
 
 @models.command("check", epilog=example("batchproc models check realbogus"))
 @click.argument("model")
-@click.option(
-    "--device",
-    type=click.Choice(["cpu", "gpu", "edgetpu"]),
-    default="cpu",
-    show_default=True,
-    help="Where it shall run. Of edgetpu, also whether its compiler would take the file.",
-)
+@device_option("Where it shall run. Of edgetpu, also whether its compiler would take the file.")
 def models_check(model: str, device: str) -> int:
     """Verify that a model's files are those on its card and that each version of it runs."""
     from batchproc.io.model_checks import check_model

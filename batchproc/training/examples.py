@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from batchproc.errors import UsageError
 from batchproc.io.atomic import replacing
+from batchproc.learning.inputs import crop_or_pad
 
 __all__ = ["BOGUS", "REAL", "Examples", "is_binary"]
 
@@ -68,21 +70,22 @@ class Examples:
         ValueError
             No parts.
         """
-        from batchproc.learning.inputs import crop_or_pad
-
-        parts = list(parts)
-        if not parts:
+        waiting = deque(parts)
+        if not waiting:
             raise ValueError("nothing to join")
-        size = max(max(part.stamps.shape[2:]) for part in parts)
-        n = sum(map(len, parts))
-        stamps = np.empty((n, 3, size, size), np.float32)
-        start = 0
-        for part in parts:  # filled in place: a concatenation of padded ones would hold all of them twice
+        size = max(max(part.stamps.shape[2:]) for part in waiting)
+        stamps = np.empty((sum(map(len, waiting)), 3, size, size), np.float32)
+        labels, tables, start = [], [], 0
+        while waiting:  # each part can be let go when it is copied: all of them are never there twice
+            part = waiting.popleft()
             same = part.stamps.shape[2:] == (size, size)
             stamps[start : start + len(part)] = part.stamps if same else crop_or_pad(part.stamps, size)
+            labels.append(part.label)
+            tables.append(part.table)
             start += len(part)
-        tables = [part.table for part in parts if len(part)] or [parts[0].table]
-        return cls(stamps, np.concatenate([part.label for part in parts]), pd.concat(tables, ignore_index=True))
+            del part
+        table = pd.concat([one for one in tables if len(one)] or tables[:1], ignore_index=True)
+        return cls(stamps, np.concatenate(labels), table)
 
     def counts(self) -> dict[str, int]:
         """How many of each class, in alphabetical order."""
@@ -91,7 +94,7 @@ class Examples:
 
     def save(self, path: str | Path) -> None:
         """Write ``.npz``: ``stamps``, ``label`` and a 1-d array a column; `load` gives the same back."""
-        columns = {str(name): _storable(self.table[name]) for name in self.table}
+        columns: dict[str, Any] = {str(name): _storable(self.table[name]) for name in self.table}
         with replacing(Path(path)) as temporary, temporary.open("wb") as file:
             np.savez(file, stamps=self.stamps, label=np.asarray(self.label, np.str_), **columns)
 

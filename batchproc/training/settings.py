@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
+from batchproc.config import settings_from
 from batchproc.errors import ConfigError
 
-__all__ = ["TrainSettings"]
+__all__ = ["FitConfig", "TrainSettings"]
 
 _CHOICES = {
     "kind": ("network", "forest"),
@@ -21,8 +22,39 @@ _CHOICES = {
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """How to train: what is learnt, from which part of the examples, and how.
+class FitConfig:
+    """How to fit a network."""
+
+    epochs: int = 40
+    """At most so many passes over the examples."""
+    batch: int = 128
+    """Examples to a step; fewer where there are few."""
+    learning_rate: float = 2e-3
+    """Highest; falls to zero as half a cosine."""
+    weight_decay: float = 1e-3
+    """Of AdamW."""
+    patience: int = 10
+    """Stop after so many epochs without a lower loss on the validation part; the best weights are kept."""
+    seed: int = 0
+    """Of everything random."""
+    balance: str = "weights"
+    """Classes count alike by ``weights`` of the loss, by ``sampling``, or not (``none``)."""
+    augment: bool = True
+    """Turn and mirror the stamps at random, the eight ways of a square."""
+    swap: bool = True
+    """Of real or bogus, and of nothing else: exchange new and reference, and the sign of the difference, at random.
+    Subtraction is antisymmetric."""
+    freeze: bool = False
+    """Of a model that is continued, fit the last layer only."""
+    head_epochs: int = 3
+    """Of a model that is continued, fit the last layer alone for so many epochs first."""
+    body_rate: float = 0.1
+    """Learning rate of all but the last layer of a model that is continued, over that of the last."""
+
+
+@dataclass(frozen=True)
+class TrainSettings(FitConfig):
+    """How to train: what is learnt, from which part of the examples, and how (`FitConfig`).
 
     Raises
     ------
@@ -72,30 +104,6 @@ class TrainSettings:
     holdout: tuple[str, ...] = ()
     """``COLUMN=VALUE``: all of these are measured on, and only these."""
 
-    # --- Fitting ---
-    epochs: int = 40
-    """At most so many passes over the examples."""
-    batch: int = 128
-    """Examples to a step."""
-    learning_rate: float = 0.0
-    """Highest; falls to zero as half a cosine. 0: 2e-3 for a new network, 5e-4 for one that is continued."""
-    weight_decay: float = 1e-3
-    """Of AdamW."""
-    patience: int = 10
-    """Stop after so many epochs without a better loss on the validation part; the best weights are kept."""
-    balance: str = "weights"
-    """Classes count alike by ``weights`` of the loss, by ``sampling``, or not (``none``)."""
-    augment: bool = True
-    """Turn and mirror the stamps at random, the eight ways of a square."""
-    swap: bool = False
-    """Exchange new and reference, and the sign of the difference, at random: real or bogus stays what it is."""
-    freeze: bool = False
-    """Of a model that is continued, fit the last layer only."""
-    head_epochs: int = 3
-    """Of a model that is continued, fit the last layer alone for so many epochs first."""
-    body_rate: float = 0.1
-    """Learning rate of all but the last layer of a model that is continued, over that of the last."""
-
     # --- Of a forest ---
     trees: int = 200
     """Their number."""
@@ -109,8 +117,6 @@ class TrainSettings:
     """The threshold keeps at least this fraction of the real ones of the validation part."""
     resamples: int = 500
     """Of the bootstrap, by groups, from which intervals are."""
-    seed: int = 0
-    """Of everything random."""
     threads: int = 1
     """Of the computation."""
 
@@ -159,24 +165,8 @@ class TrainSettings:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: cannot be read as settings: {error}") from error
-        return cls.from_dict(values, str(path))
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str = "settings") -> TrainSettings:
-        """As `from_toml`, of a dictionary that came from `where`."""
-        defaults = {f.name: f.default for f in fields(cls)}
-        unknown = sorted(set(values) - set(defaults))
-        if unknown:
-            raise ConfigError(f"{where}: unknown {', '.join(unknown)}; known: {', '.join(defaults)}")
-        return cls(**{key: _typed(key, value, defaults[key], where) for key, value in values.items()})
-
-
-def _typed(key: str, value: Any, default: Any, where: str) -> Any:
-    """A value of the type of its default; whole numbers will do for others."""
-    if isinstance(default, tuple) and isinstance(value, list | tuple) and all(isinstance(v, str) for v in value):
-        return tuple(value)
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not type(default):
-        raise ConfigError(f"{where}: {key} = {value!r}: expected {type(default).__name__}, as in {default!r}")
-    return value
+        try:
+            settings: TrainSettings = settings_from(cls, values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        return settings

@@ -1,8 +1,8 @@
 """Which examples are learnt from, which decide when to stop, and which are only measured on.
 
-A classifier that has seen a star, or the flaw of a chip at its place, knows it again: so nothing at one place of the sky
-is in two parts. And parts that differ in chips, filters, seeing or season measure that difference besides the model: so
-the parts are alike in these. A cut in time does neither: the same sky is on both sides of it. Arrays only.
+A classifier that has seen a star, or a galaxy's nucleus, knows it again: so nothing at one place of the sky is in two
+parts. And parts that differ in chips, filters, seeing or season measure that difference besides the model: so the parts
+are alike in these. A cut in time does neither: the same sky is on both sides of it. Arrays only.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def sky_groups(ra: ArrayLike, dec: ArrayLike, *, cell_arcmin: float, same_arcsec
     pairs = cKDTree(xyz).query_pairs(chord, output_type="ndarray")
     links = coo_array((np.ones(len(pairs), np.bool_), (pairs[:, 0], pairs[:, 1])), shape=(len(xyz), len(xyz)))
     n_things, thing = connected_components(links, directed=False)
-    middle = np.stack([np.bincount(thing, xyz[:, k], n_things) for k in range(3)])
-    middle /= np.sqrt((middle**2).sum(axis=0))
+    total = np.stack([np.bincount(thing, xyz[:, k], n_things) for k in range(3)])
+    middle = total / np.sqrt((total**2).sum(axis=0))
     side = cell_arcmin / 60
     declination = np.degrees(np.arcsin(np.clip(middle[2], -1, 1)))
     band = np.floor((declination + 90) / side).astype(np.int64)

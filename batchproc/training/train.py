@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +30,17 @@ from batchproc.training.settings import TrainSettings
 from batchproc.training.splits import PARTS, Split, split_examples
 from batchproc.training.terms import TERMS, columns_of
 
-__all__ = ["LEARNERS", "Learner", "Learnt", "Trained", "classes_of", "part_table", "train_model"]
+__all__ = [
+    "LEARNERS",
+    "Learner",
+    "Learnt",
+    "Trained",
+    "check_examples",
+    "check_room",
+    "classes_of",
+    "part_table",
+    "train_model",
+]
 
 #: Kind of classifier → the module whose ``learn`` is its `Learner`; imported when asked for.
 LEARNERS = {"network": "batchproc.training.neural", "forest": "batchproc.training.forest"}
@@ -112,6 +122,23 @@ class Trained:
     notes: tuple[str, ...] = ()
     interrupted: bool = False
 
+    def text(self) -> str:
+        """For a terminal."""
+        lines = [self.counts.to_string(), ""]
+        lines += [f"note: {note}" for note in self.notes]
+        if len(self.history):
+            lines.append(
+                f"kept: epoch {self.card.training['epochs']} of {len(self.history)}"
+                + ("; interrupted, these are the best weights so far" if self.interrupted else "")
+            )
+        for table in self.card.metrics:
+            lines += _say(table)
+        if not self.card.metrics:
+            lines.append("not measured: the test part has one class only")
+        files = ", ".join(name for name in _MADE if (self.folder / name).exists())
+        lines += [f"in {self.folder}: {files}", f"next: batchproc models add {self.model_folder} --name NAME"]
+        return "\n".join(lines)
+
 
 def train_model(
     examples: Examples, out: str | Path, settings: TrainSettings, *, overwrite: bool = False, quiet: bool = False
@@ -138,11 +165,10 @@ def train_model(
         A base that cannot be continued from.
     """
     folder = Path(out)
-    _make_room(folder, overwrite)
-    classes = classes_of(examples.label)
-    _check_features(examples, settings)
+    check_room(folder, overwrite)
+    classes = check_examples(examples, settings)
     split = split_examples(examples.label, examples.table, settings)
-    folder.mkdir(parents=True, exist_ok=True)
+    _make_room(folder)
     write_text(folder / "config.toml", settings.to_toml())
     _write_split(folder / "split.parquet", examples, split)
     parts = {name: examples[split.rows(name)] for name in PARTS}
@@ -194,23 +220,30 @@ def part_table(label: NDArray[np.str_], split: Split) -> pd.DataFrame:
 # --- Steps ------------------------------------------------------------------------------------------------------------
 
 
-def _make_room(folder: Path, overwrite: bool) -> None:
-    if not (folder / "model").exists():
-        return
-    if not overwrite:
-        raise UsageError(f"{folder}: holds a trained model already; another folder, or --overwrite to train it anew")
+def check_room(out: str | Path, overwrite: bool) -> None:
+    """Raise `UsageError` where a model is there already that shall not be overwritten."""
+    if (Path(out) / "model").exists() and not overwrite:
+        raise UsageError(f"{out}: holds a trained model already; another folder, or --overwrite to train it anew")
+
+
+def _make_room(folder: Path) -> None:
+    """Remove what a former training made, and nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name in _MADE:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _check_features(examples: Examples, settings: TrainSettings) -> None:
+def check_examples(examples: Examples, settings: TrainSettings) -> tuple[str, ...]:
+    """The classes to train on, where the examples are fit for that; raises `UsageError` where they are not."""
+    classes = classes_of(examples.label)
     for name in columns_of(settings.features or TERMS) if settings.kind == "forest" else settings.features:
         if name not in examples.table:
             there = [str(c) for c in examples.table if pd.api.types.is_numeric_dtype(examples.table[c])]
             raise UsageError(f"feature {name!r}: no such column; columns of numbers are: {', '.join(there)}")
         if not pd.api.types.is_numeric_dtype(examples.table[name]):
             raise UsageError(f"feature {name!r}: the column holds {examples.table[name].dtype} values, not numbers")
+    return classes
 
 
 def _write_split(path: Path, examples: Examples, split: Split) -> None:
@@ -295,10 +328,33 @@ def _metrics(
         f"held out: {', '.join(settings.holdout)}" if settings.holdout else "the test part, its groups never trained on"
     )
     groups = None if len(np.unique(group)) < 2 or settings.group == "none" else group
-    common = {"groups": groups, "resamples": settings.resamples}
+    common: dict[str, Any] = {"groups": groups, "resamples": settings.resamples}
     if card.classes == (REAL,):
         selection = f"{REAL} against {BOGUS}, as labelled"
         found = measure(on, selection, test.label == REAL, scores, threshold=card.threshold, **common)
     else:
         found = measure_classes(on, test.label, scores, classes=card.classes, **common)
     return {"variant": "float", **found}
+
+
+def _say(table: Mapping[str, Any]) -> Iterator[str]:
+    """A table of metrics, in lines."""
+    if "n_real" in table:
+        counted = f"{table['n_real']} real, {table['n_bogus']} bogus"
+        names = {
+            "auc_pr": "AUC-PR at 1:1",
+            "bogus_removed_at_99_completeness": "bogus removed, 99 % complete",
+            "completeness": f"real kept at {table['threshold']:.4g}",
+            "bogus_removed": f"bogus removed at {table['threshold']:.4g}",
+        }
+    else:
+        counted = ", ".join(f"{number} {name}" for name, number in table["n"].items())
+        names = {"macro_f1": "macro F1, in this mixture"}
+    lost = f", {table['n_not_scored']} not scored" if table["n_not_scored"] else ""
+    yield f"{table['on']}: {counted}{lost}; {table['intervals']}"
+    for key, name in names.items():
+        low, high = table[f"{key}_interval"]
+        yield f"  {name:30s} {table[key]:.4f} [{low:.4f}, {high:.4f}]"
+    for name in table.get("n", ()):
+        low, high = table["auc_pr_interval"][name]
+        yield f"  {f'AUC-PR of {name} at 1:1':30s} {table['auc_pr'][name]:.4f} [{low:.4f}, {high:.4f}]"

@@ -149,13 +149,13 @@ def test_exchanging_the_epochs():
 
 def test_classes_count_alike_whatever_their_numbers():
     """Repeating the bogus ones changes nothing: scores are probabilities at 1:1."""
-    from batchproc.training.fit import _balanced_loss
+    from batchproc.training.fit import balanced_loss
 
     logits = torch.tensor([1.0, -0.5, 0.3])
     real = torch.tensor([1.0, 0.0, 0.0])
-    once = _balanced_loss(logits, real, np.array([True, False, False]))
+    once = balanced_loss(logits, real, np.array([True, False, False]))
     more, truth = torch.cat([logits, logits[1:]]), torch.cat([real, real[1:]])
-    assert torch.allclose(once, _balanced_loss(more, truth, np.array([True, False, False, False, False])))
+    assert torch.allclose(once, balanced_loss(more, truth, np.array([True, False, False, False, False])))
 
 
 def test_metrics_carry_their_mixture_and_their_intervals(folder):
