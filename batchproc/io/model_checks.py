@@ -14,12 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchproc.errors import ModelError
-from batchproc.io.atomic import replacing
+from batchproc.io.atomic import replacing, write_text
 from batchproc.io.backends import provider_for, read_bytes
 from batchproc.io.cards import CARD, ModelCard, check_card, read_card
-from batchproc.io.models import Model, find_model, list_models, load_model, models_folder, unfit, verified_file
+from batchproc.io.models import (
+    Model,
+    find_model,
+    list_models,
+    load_model,
+    models_folder,
+    refuse_bundled,
+    unfit,
+    verified_file,
+)
 
-__all__ = ["add_model", "check_model"]
+__all__ = ["add_model", "check_model", "set_default"]
 
 
 def add_model(path: str | Path, name: str | None = None) -> Path:
@@ -55,6 +64,20 @@ def add_model(path: str | Path, name: str | None = None) -> Path:
             shutil.copyfile(source / file["path"], temporary / file["path"])
         (temporary / CARD).write_text(card.to_toml())
     return target
+
+
+def set_default(name_or_path: str | Path, variant: str) -> None:
+    """Make a variant that runs on this CPU the one that a model is used by where nothing else is asked for.
+
+    Raises
+    ------
+    ModelError
+        No such model or variant, one that does not run here, or a model that comes with batchproc.
+    """
+    folder = find_model(name_or_path)
+    refuse_bundled(str(name_or_path))
+    _try_out(load_model(folder, variant=variant))
+    write_text(folder / CARD, replace(read_card(folder), default_variant=variant).to_toml())
 
 
 def check_model(name_or_path: str | Path, device: str = "cpu") -> list[str]:
