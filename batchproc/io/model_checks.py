@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from batchproc.errors import ModelError
 from batchproc.io.atomic import replacing, write_text
-from batchproc.io.backends import provider_for, read_bytes
+from batchproc.io.backends import lacks_runtime, provider_for, read_bytes
 from batchproc.io.cards import CARD, ModelCard, check_card, read_card
 from batchproc.io.models import (
     Model,
@@ -105,6 +105,9 @@ def check_model(name_or_path: str | Path, device: str = "cpu") -> list[str]:
     paths = {variant: verified_file(folder, card, variant)[0] for variant in card.files}
     lines = list(_edgetpu_verdicts(folder, card, paths)) if device == "edgetpu" else []
     runnable = [variant for variant, path in paths.items() if provider_for(path, device)]
+    idle = [variant for variant in runnable if lacks_runtime(paths[variant])]
+    if set(idle) != set(runnable):  # the rest can be tried all the same; of nothing but those, it is an error
+        runnable = [variant for variant in runnable if variant not in idle]
     if not runnable and not lines:
         raise unfit(folder, card, device)
     answers = {}
@@ -113,6 +116,11 @@ def check_model(name_or_path: str | Path, device: str = "cpu") -> list[str]:
             model = load_model(folder, variant=variant, device=device)
             answers[variant] = _try_out(model)
             lines.append(f"{variant}: {path.name} is the file on the card, runs on {model.provider}")
+        elif variant in idle:
+            lines.append(
+                f"{variant}: {path.name} is the file on the card, not run: neither ai-edge-litert nor "
+                f"tflite-runtime is installed (pip install 'batchproc[litert]')"
+            )
         elif device != "edgetpu":
             lines.append(f"{variant}: {path.name} is the file on the card, is not for {device}: not run")
     return [*lines, *_differences(answers)]

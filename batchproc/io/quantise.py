@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from batchproc.errors import ModelError, UsageError
 from batchproc.io.atomic import write_bytes, write_text
-from batchproc.io.backends import provider_for
+from batchproc.io.backends import lacks_runtime, provider_for
 from batchproc.io.cards import CARD, ModelCard, read_card
 from batchproc.io.cost import stamps_per_second
 from batchproc.io.models import Model, file_hash, find_model, load_model, refuse_bundled
@@ -309,7 +309,8 @@ def _speeds(folder: Path, card: ModelCard, stamps: NDArray[np.floating]) -> dict
     """Stamps a second of CPU time of each variant that runs on this CPU, all measured now: speeds of other machines
     cannot be compared with them.
     """
-    here = [variant for variant, file in card.files.items() if provider_for(folder / file["path"], "cpu")]
+    paths = {variant: folder / file["path"] for variant, file in card.files.items()}
+    here = [variant for variant, path in paths.items() if provider_for(path, "cpu") and not lacks_runtime(path)]
     return {variant: stamps_per_second(load_model(folder, variant=variant), stamps) for variant in here}
 
 

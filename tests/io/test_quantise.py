@@ -260,6 +260,24 @@ def test_what_is_not_installed_is_said(toy, monkeypatch, missing, format_):
         quantise_model(toy, stamps_of(), formats=(format_,))
 
 
+def test_without_litert_the_other_variants_are_checked_and_timed(toy, monkeypatch):
+    """What cannot be run is said; where nothing can be, that is an error."""
+    quantise_model(toy, stamps_of(), formats=("tflite",))
+    monkeypatch.setattr(litert, "_RUNTIMES", ("litert_that_is_not_there",))
+    lines = check_model(toy)
+    assert lines[0].startswith("float: model.onnx is the file on the card, runs on CPU")
+    assert lines[1].startswith(
+        "int8-tflite: model_int8.tflite is the file on the card, not run: neither ai-edge-litert"
+    )
+    quantise_model(toy, stamps_of(), formats=("onnx",))
+    assert set(read_card(toy).speed) == {"float", "int8"}
+    card = read_card(toy)
+    alone = {"int8-tflite": card.files["int8-tflite"]}
+    (toy / "card.toml").write_text(replace(card, files=alone, default_variant="int8-tflite").to_toml())
+    with pytest.raises(ModelError, match=r"pip install 'batchproc\[litert\]'"):
+        check_model(toy)
+
+
 # --- Which is used, and where -----------------------------------------------------------------------------------------
 
 
