@@ -24,14 +24,14 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra: tr
 SETTINGS = TrainSettings(epochs=4, group="group", resamples=50)
 
 
-def toys(n, seed, classes=("real", "bogus"), size=33, broad=(1.0, 2.2)):
+def toys(n, seed, classes=("real", "bogus"), size=33, broad=(1.0, 2.2), sharp=0.3):
     """Stars, hot pixels and rows in noise, as many classes as asked for; a column that tells them apart, roughly."""
     random = np.random.default_rng(seed)
     stamps = random.normal(size=(n, 3, size, size))
     label = random.choice(classes, n)
     y, x = np.mgrid[:size, :size] - size // 2
     for i in range(n):
-        width = random.uniform(*broad) if label[i] == classes[0] else 0.3
+        width = random.uniform(*broad) if label[i] == classes[0] else sharp
         long = 8.0 if len(classes) > 2 and label[i] == classes[2] else width
         profile = np.exp(-(x**2) / (2 * long**2) - y**2 / (2 * width**2))
         stamps[i, 0] += random.uniform(20, 200) * profile / np.sqrt((profile**2).sum())
@@ -127,8 +127,8 @@ def test_several_classes_with_features(tmp_path, layout):
 
 
 def test_few_labels_improve_a_model_elsewhere(trained, tmp_path):
-    """Where stars are so sharp that the base has not seen the like, eighty labels help; the card names the base."""
-    domain = {"broad": (0.4, 0.55)}
+    """Where hot pixels are as broad as the base has never seen them, eighty labels help; the card names the base."""
+    domain = {"broad": (1.2, 1.3), "sharp": 0.8}
     few, fresh = toys(80, 3, **domain), toys(500, 4, **domain)
     settings = replace(SETTINGS, base=str(trained.model_folder), epochs=30, valid=0.25)
     found = train_model(few, tmp_path / "out", settings, quiet=True)
@@ -144,15 +144,14 @@ def test_few_labels_improve_a_model_elsewhere(trained, tmp_path):
 
 
 def test_nothing_learnt_leaves_the_base_as_it_was(trained, tmp_path):
-    """Labels by the toss of a coin: epoch 0 is kept, and scores are the base's."""
-    few = toys(60, 5)
-    nonsense = Examples(few.stamps, np.random.default_rng(0).permutation(few.label), few.table)
+    """At a rate of learning that spoils every weight, epoch 0 is kept, and scores are the base's."""
     settings = replace(
-        SETTINGS, base=str(trained.model_folder), epochs=2, learning_rate=1.0, head_epochs=0, body_rate=1.0
+        SETTINGS, base=str(trained.model_folder), epochs=2, learning_rate=5.0, head_epochs=0, body_rate=1.0
     )
-    found = train_model(nonsense, tmp_path / "out", settings, quiet=True)
+    found = train_model(toys(120, 5), tmp_path / "out", settings, quiet=True)
     assert found.card.training["epochs"] == 0
-    base, same = (load_model(m).predict(few.stamps) for m in (trained.model_folder, found.model_folder))
+    fresh = toys(40, 6)
+    base, same = (load_model(m).predict(fresh.stamps) for m in (trained.model_folder, found.model_folder))
     np.testing.assert_allclose(same, base, atol=1e-5)
 
 
@@ -166,11 +165,13 @@ def test_only_the_last_layer_is_fitted_when_frozen(trained, tmp_path):
 
     def weights(folder):
         graph = onnx.load(folder / "model.onnx").graph
-        return [numpy_helper.to_array(one) for one in graph.initializer if len(one.dims) > 1]
+        return {tuple(one.dims): numpy_helper.to_array(one) for one in graph.initializer if len(one.dims) > 1}
 
     before, after = weights(trained.model_folder), weights(found.model_folder)
-    changed = [not np.allclose(a, b, atol=1e-6) for a, b in zip(before, after, strict=True)]
-    assert changed == [False] * (len(before) - 1) + [True]
+    assert before.keys() == after.keys()
+    changed = [shape for shape in before if not np.allclose(before[shape], after[shape], atol=1e-6)]
+    assert len(before) == 5
+    assert changed == [shape for shape in before if shape[0] == 1]
 
 
 def test_other_classes_get_a_last_layer_of_their_own(trained, tmp_path):
