@@ -70,7 +70,7 @@ _SETTINGS = {
     help="Measure on all of these, and only on these, such as survey=GOTO; may be repeated.",
 )
 @click.option("--group", metavar="COLUMN", help="What is never divided: sky, none, or a column.  [default: sky]")
-@click.option("--cell", type=float, metavar="ARCMIN", help="Cells of the sky for that.  [default: 3]")
+@click.option("--cell", type=float, metavar="ARCMIN", help="Cells of the sky for that.  [default: 1]")
 @click.option("--epochs", type=click.IntRange(1), metavar="N", help="Passes over the examples.  [default: 40]")
 @click.option("--seed", type=click.IntRange(0), help="Of everything random.  [default: 0]")
 @click.option("--threads", type=click.IntRange(1), help="Of the computation.  [default: 1]")

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from tqdm import tqdm
 
+from batchproc.display import show
 from batchproc.learning.evaluate import auc_pr
 from batchproc.training.settings import FitConfig
 
@@ -73,6 +73,14 @@ class History:
     interrupted: bool = False
     """Ctrl-C came: the weights are the best until then."""
 
+    def note(self) -> str:
+        """How it goes, in a few words."""
+        if not self.valid_auc_pr:
+            return ""
+        return (
+            f"loss {self.valid_loss[-1]:.3f}, AUC-PR {self.valid_auc_pr[-1]:.4f}, best of epoch {self.best_epoch + 1}"
+        )
+
 
 def fit(
     net: nn.Module,
@@ -107,9 +115,9 @@ def fit(
     weights = _class_weights(train.truth) if config.balance == "weights" else None
     valid_weights = None if config.balance == "none" else _class_weights(valid.truth)
     history, best = History(), copy.deepcopy(net.state_dict())
-    bar = tqdm(range(config.epochs), desc="training", unit="epoch", disable=not progress)
+    epochs = show(range(config.epochs), config.epochs, "epochs", note=history.note, quiet=not progress)
     try:
-        for epoch in bar:
+        for epoch in epochs:
             net.train()
             _thaw(net, head, whole=not config.freeze and epoch >= config.head_epochs)
             losses = []
@@ -127,7 +135,6 @@ def fit(
             history.train_loss.append(float(np.mean(losses)))
             history.valid_loss.append(_loss(torch.from_numpy(logits), valid.truth, valid_weights).item())
             history.valid_auc_pr.append(_mean_auc_pr(valid.truth, logits))
-            bar.set_postfix(loss=history.valid_loss[-1], auc_pr=history.valid_auc_pr[-1])
             if history.valid_loss[-1] <= min(history.valid_loss):
                 history.best_epoch, best = epoch, copy.deepcopy(net.state_dict())
             elif epoch - history.best_epoch >= config.patience:

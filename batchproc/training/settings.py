@@ -93,8 +93,8 @@ class TrainSettings(FitConfig):
     group: str = "sky"
     """What is never divided: ``sky``, cells of the sky (where positions are not known, the column ``group``), or the
     name of a column."""
-    cell_arcmin: float = 3.0
-    """Side of those cells."""
+    cell_arcmin: float = 1.0
+    """Side of those cells: larger than a stamp."""
     same_arcsec: float = 5.0
     """Candidates nearer than this to each other go into one cell, also across its border."""
     strata: tuple[str, ...] = ("ccd", "filter", "seeing", "mjd")

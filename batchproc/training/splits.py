@@ -24,8 +24,10 @@ __all__ = ["PARTS", "Split", "group_of", "sky_groups", "split_examples", "strata
 
 PARTS = ("train", "valid", "test")
 _TIMES = ("mjd", "date", "night", "time", "jd")
-#: The parts can be no finer than groups: with one that holds more than this share of the examples, that is said.
+#: The parts can be no finer than groups: with one that holds more than this share of the examples, or
+#: with fewer than `_FEW` in a part, that is said.
 _LARGE = 0.3
+_FEW = 10
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,8 @@ def split_examples(label: ArrayLike, table: pd.DataFrame, settings: TrainSetting
     names, number = np.unique(group[free], return_inverse=True)
     chosen = _divide(number, len(names), strata, np.array(list(shares.values())), settings.seed)
     part[free] = np.array(list(shares))[chosen[number]]
-    notes += _large_groups(group[free])
     _check_parts(classes, part, group, tuple(shares), settings)
+    notes += [*_large_groups(group[free]), *_few_groups(part, group)]
     return Split(part, group, tuple(notes))
 
 
@@ -156,6 +158,11 @@ def _large_groups(group: NDArray[np.str_]) -> list[str]:
         f"{sizes.max()} of {len(group)} examples are of one group ({names[sizes.argmax()]}): the shares of the parts "
         "cannot come near those asked for"
     ]
+
+
+def _few_groups(part: NDArray[np.str_], group: NDArray[np.str_]) -> list[str]:
+    n = {name: len(np.unique(group[part == name])) for name in PARTS}
+    return [f"the part {name} is of {k} groups: too few to stand for others" for name, k in n.items() if k < _FEW]
 
 
 # --- Strata -----------------------------------------------------------------------------------------------------------

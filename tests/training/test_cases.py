@@ -8,9 +8,10 @@ from scipy.spatial.distance import pdist
 
 from batchproc.imaging.simulate import simulate_pair
 from batchproc.records import Flag
-from batchproc.training.cases import COADD_SPLIT, PLANTED, Case, draw_scene, plant
+from batchproc.training.cases import COADD_SPLIT, Case, draw_scene
 from batchproc.training.defects import spoil
 from batchproc.training.harvest import Harvest, harvest, label
+from batchproc.training.planting import PLANTED, plant
 
 
 def same_grid(x, y):
