@@ -62,7 +62,7 @@ def _panel(axis: Axes, name: str, ranking: Ranking, known: Ranking | None) -> No
 
 
 def _curve(values: NDArray[np.float64], bogus: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Fraction of the bogus ones looked at before each, rising, and that recovered by then; what has no score, never."""
+    """Fraction of the bogus ones looked at before each, rising, and that recovered by then; what has no score."""
     looked_at = np.sort(ahead(values[~np.isnan(values)], bogus))
     if not len(looked_at):
         return np.ones(1), np.zeros(1)

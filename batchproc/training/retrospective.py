@@ -56,7 +56,7 @@ def retrospective(
         How to divide and to train.
     leave_out : sequence of str
         ``COLUMN=VALUE`` (such as ``label=SN``, ``kind=vanished``, ``id=ZTF18abcdef``), or ``COLUMN`` for each of its
-        values in turn.
+        values in turn. Bogus ones of it are left out of everything.
     plan : Plan, optional
     control : bool
         Train once more with nothing left out.
@@ -160,9 +160,10 @@ def _search(
 ) -> Search:
     beside = _beside(examples.table, rows, settings.same_arcsec)
     blind = _scores(examples, split, rows | beside, out / _folder_name(name), settings, quiet)
-    wanted = sorted(set(examples.label[rows]) - {BOGUS})
-    values, score = _ranked_by(blind, wanted)
     test = (split.part == "test") & ~rows
+    rows = rows & (examples.label != BOGUS)  # bogus ones were not learnt from either; nobody searches for them
+    wanted = sorted(set(examples.label[rows]))
+    values, score = _ranked_by(blind, wanted)
     ranking = rank(_scored(values, examples.label, rows, test, split.group), plan)
     known = None
     in_test = rows & (split.part == "test")

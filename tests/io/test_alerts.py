@@ -155,7 +155,10 @@ def test_packets_that_cannot_be_read_are_rows_without_a_candid(tmp_path):
     alerts = one(tmp_path)
     assert alerts.candid.tolist() == [-1, -1, -1, -1, 1, -1]
     assert all("not an Avro file, or torn" in problem for problem in alerts.problems[:3])
-    assert "not a ZTF alert: it needs candid and candidate; nor one of Rubin: diaSource; found alertId" in alerts.problems[3]
+    assert (
+        "not a ZTF alert: it needs candid and candidate; nor one of Rubin: diaSource; found alertId"
+        in alerts.problems[3]
+    )
     assert (alerts.problems[4], "cannot be read" in alerts.problems[5]) == ("", True)
     assert np.isnan(alerts.stamps[:4]).all()
     assert alerts.origin[1] == str(tmp_path / "b.avro")
