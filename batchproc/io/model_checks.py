@@ -28,7 +28,7 @@ def add_model(path: str | Path, name: str | None = None) -> Path:
     Parameters
     ----------
     path : str or Path
-        A folder with a card.
+        A folder with a card, or the name of a model that there is already.
     name : str, optional
         What it shall be called; by default the name on its card. The copy's card says so.
 
@@ -37,7 +37,7 @@ def add_model(path: str | Path, name: str | None = None) -> Path:
     ModelError
         No card, files that are not those on the card, a model that does not run, or a name that is taken.
     """
-    source = Path(path)
+    source = list_models().get(str(path), Path(path))
     if not (source / CARD).is_file():
         raise ModelError(f"{source}: a model is a folder with a {CARD} and the files it names; no {CARD} here")
     card = read_card(source)

@@ -26,6 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 from batchproc.errors import ModelError
 from batchproc.io.backends import CPU, Backend, check_installed, open_backend, provider_for, read_bytes
 from batchproc.io.cards import CARD, InputCard, ModelCard, read_card
+from batchproc.io.prepared import Prepared
 from batchproc.learning.inputs import CHANNELS
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "ModelCard",
     "file_hash",
     "find_model",
+    "is_bundled",
     "list_models",
     "load_model",
     "models_folder",
@@ -103,6 +105,10 @@ class Model:
         """Scores at or above it are taken for real."""
         return self.card.threshold
 
+    def open(self) -> None:
+        """Make its backend in this process, where it is not made yet; raises `ModelError` where it cannot be had."""
+        open_backend(self.file, self.hash, self.threads, self.provider)
+
     def predict(self, stamps: Any, features: ArrayLike | None = None, *, batch: int = 256) -> NDArray[np.float32]:
         """Score stamps.
 
@@ -111,7 +117,8 @@ class Model:
         stamps : array_like (n, 3, h, w)
             New, reference, difference as the pipeline cuts them, un-normalised; NaN where there is no data. Read
             `batch` rows at a time, so a lazy array (``open_stamps(RUN)``) never has to fit into memory. Not looked at,
-            and may be None, for a model of features alone (`takes_stamps`).
+            and may be None, for a model of features alone (`takes_stamps`). A `Prepared` is taken whole, and keeps
+            the tensors made of it for the next model.
         features : array_like (n, k), optional
             The catalogue columns named on the card, for models that take any.
         batch : int
@@ -136,18 +143,21 @@ class Model:
         n = len(np.asarray(table)) if n is None else n
         scores = np.full((n, len(self.classes)), np.nan, np.float32)
         backend = open_backend(self.file, self.hash, self.threads, self.provider)
-        for start in range(0, n, batch):
-            rows = slice(start, start + batch)
-            some = np.asarray(stamps[rows]) if self.takes_stamps else None
+        whole = isinstance(stamps, Prepared)
+        for start in range(0, n, max(n, 1) if whole else batch):
+            rows = slice(start, n if whole else start + batch)
+            some = None
+            if self.takes_stamps:
+                some = stamps if whole else Prepared(np.asarray(stamps[rows]))
             scores[rows] = self._score(backend, some, None if table is None else table[rows])
         return scores[:, 0] if len(self.classes) == 1 else scores
 
     def _score(
-        self, backend: Backend, stamps: NDArray[np.floating] | None, features: NDArray[np.float32] | None
+        self, backend: Backend, stamps: Prepared | None, features: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
         given, usable = [], []
         if stamps is not None:
-            tensor, scored = self.card.input_of(self.variant).prepare(stamps)
+            tensor, scored = stamps.tensor(self.card.input_of(self.variant))
             given, usable = [tensor], [scored]
         if features is not None:
             complete = np.asarray(np.all(np.isfinite(features), axis=1))
@@ -217,6 +227,11 @@ def list_models() -> dict[str, Path]:
             for card in sorted(place.glob(f"*/{CARD}")):
                 found.setdefault(card.parent.name, card.parent)
     return found
+
+
+def is_bundled(name: str) -> bool:
+    """Whether a model of this name comes with batchproc."""
+    return (_BUNDLED / name / CARD).is_file()
 
 
 def find_model(name_or_path: str | Path) -> Path:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from batchproc.learning.classes import confusion, macro_f1
 from batchproc.learning.evaluate import auc_pr, bootstrap_many
 
-__all__ = ["macro_f1", "measure_classes"]
+__all__ = ["measure_classes"]
 
 
 def measure_classes(
@@ -43,14 +44,14 @@ def measure_classes(
 
     def values(drawn: NDArray[np.int64]) -> dict[str, float]:
         rows = np.repeat(np.arange(len(truth)), drawn)
-        found = {"macro_f1": macro_f1(truth[rows], answer[rows], len(classes))}
+        found = {"macro_f1": macro_f1(confusion(truth, answer, len(classes), drawn=drawn))}
         for k, name in enumerate(classes):
             of_class = truth[rows] == k
             one_sided = of_class.all() or not of_class.any()
             found[name] = np.nan if one_sided else auc_pr(of_class, scores[rows, k], prevalence=0.5)
         return found
 
-    found = bootstrap_many(values, truth == truth[0], groups=groups, resamples=resamples)
+    found = bootstrap_many(values, truth, groups=groups, resamples=resamples)
     macro = found.pop("macro_f1")
     return {
         "on": on,
@@ -64,11 +65,3 @@ def measure_classes(
         "auc_pr": {name: round(value.value, 4) for name, value in found.items()},
         "auc_pr_interval": {name: [round(value.low, 4), round(value.high, 4)] for name, value in found.items()},
     }
-
-
-def macro_f1(truth: NDArray[np.intp], answer: NDArray[np.intp], n_classes: int) -> float:
-    """Mean over the classes of F1 = 2 · right / (answered + there are); a class that is in neither counts not."""
-    right = np.bincount(truth[truth == answer], minlength=n_classes)
-    both = np.bincount(truth, minlength=n_classes) + np.bincount(answer, minlength=n_classes)
-    there = both > 0
-    return float(np.mean(2 * right[there] / both[there]))

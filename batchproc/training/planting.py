@@ -15,6 +15,7 @@ from scipy.ndimage import uniform_filter
 from scipy.spatial import cKDTree
 
 from batchproc.imaging.background import measure_background
+from batchproc.imaging.moments import fwhm_of, measure_moments
 from batchproc.imaging.render import ParametricPsf
 from batchproc.imaging.simulate import expected_snr
 from batchproc.imaging.sources import Sources, find_sources
@@ -177,9 +178,18 @@ def own_psf(data: NDArray, rms: NDArray, exposure: Exposure, rng: np.random.Gene
     shapes = np.column_stack(
         [table["fwhm"], (table["xx"] - table["yy"]) / 2 / trace, table["xy"] / trace],
     )
-    off = float(rng.uniform(0.97, 1.03)), float(rng.uniform(0.96, 1.04))
-    typical = _profile(shapes, off, float(rng.uniform(2.8, 4.5)))
+    beta = float(rng.uniform(2.8, 4.5))
+    # A FWHM from moments is that of the Gaussian which has them; a Moffat profile that has them is narrower.
+    off = float(rng.uniform(0.97, 1.03)) / _moment_width(beta), float(rng.uniform(0.96, 1.04))
+    typical = _profile(shapes, off, beta)
     return LocalPsf(typical, np.column_stack([table["x"], table["y"]]), shapes, off)
+
+
+def _moment_width(beta: float, fwhm: float = 4.0) -> float:
+    """FWHM from moments of a Moffat profile, over its own."""
+    stamp = ParametricPsf(fwhm, beta=beta, size=81).at(0, 0)
+    middle = np.array([40.0])
+    return float(fwhm_of(measure_moments(stamp.astype(np.float32), middle, middle, fwhm=fwhm))[0]) / fwhm
 
 
 def _profile(shapes: NDArray[np.float64], off: tuple[float, float], beta: float | None) -> ParametricPsf:

@@ -176,12 +176,18 @@ def test_features_that_are_not_there_are_said_before_anything_is_done(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_is_scored_by_its_catalogue(trained, tmp_path):
-    """`classify` hands over the columns of the card, in its order; scores stand beside the catalogue."""
+def test_a_run_is_scored_by_its_catalogue(trained, tmp_path, monkeypatch):
+    """`classify` hands over the columns of the card, in its order, and no stamp; scores stand beside the catalogue."""
     folder = _runs.begin(tmp_path / "run", "a3", "b4")
     for name, n in (("a3", 3), ("b4", 4)):
         _runs.store(folder, name, n)
-    assert classify(folder.path, str(trained.model_folder), cluster="serial", quiet=True) == 7
+
+    def unread(*_):
+        raise AssertionError("stamps of a run were read for a model that takes none")
+
+    monkeypatch.setattr("batchproc.io.stamps.read_stamps_of", unread)
+    found = classify(folder.path, [str(trained.model_folder)], cluster="serial", quiet=True)
+    assert (found.candidates, found.problems) == (7, ())
     catalogue = open_catalogue(folder.path)
     columns = catalogue[list(trained.card.input.features)]
     expected = load_model(trained.model_folder).predict(None, columns)
