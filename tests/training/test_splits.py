@@ -139,6 +139,19 @@ def test_too_few_groups_are_refused_with_their_numbers():
         split_examples(label, table, SETTINGS)
 
 
+@pytest.mark.parametrize("n_images", [3, 4, 10])
+def test_few_images_are_divided_if_there_is_one_for_each_part(n_images):
+    """Each in its own seeing, filter and night: no stratum can be shared out, and yet each part has both classes."""
+    label = np.tile(["real", "bogus", "bogus"], 20 * n_images)
+    image = np.repeat(np.arange(n_images), 60)
+    table = pd.DataFrame({"image_id": image.astype(str), "seeing": 2.0 + image, "mjd": image.astype(float)})
+    found = split_examples(label, table.assign(filter=table["image_id"]), replace(SETTINGS, group="image_id"))
+    n = {part: len(np.unique(found.group[found.part == part])) for part in PARTS}
+    assert min(n.values()) >= 1
+    assert n["train"] >= max(n.values())
+    assert sum(n.values()) == n_images
+
+
 def test_few_and_large_groups_are_said():
     """Parts are no finer than groups."""
     label, table = candidates(600, 6)
