@@ -23,6 +23,7 @@ from batchproc.cli.manifests import manifest
 from batchproc.cli.models import models
 from batchproc.cli.running import classify, classify_alerts, demo, report, retry, run, status
 from batchproc.cli.submit import submit
+from batchproc.cli.training import train
 from batchproc.cli.verify import verify
 from batchproc.errors import BatchprocError, ClusterError, DamagedRunError, StorageError
 
@@ -73,5 +74,5 @@ def cli() -> None:
 
 
 _RUNS = (demo, manifest, run, submit, status, verify, retry, report, classify)
-for _verb in (*_RUNS, classify_alerts, finish, models, evaluate):
+for _verb in (*_RUNS, classify_alerts, finish, models, train, evaluate):
     cli.add_command(_verb)

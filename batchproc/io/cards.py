@@ -83,8 +83,10 @@ class ModelCard:
     """Ranges: ``fwhm_pix``, ``pixel_scale_arcsec``."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Data, seeds, sizes."""
-    quantisation: Mapping[str, Any] = field(default_factory=dict)
-    """How, and its agreement with float."""
+    quantisation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Quantised variant → how, and its agreement with float on stamps that it was not calibrated on."""
+    speed: Mapping[str, Any] = field(default_factory=dict)
+    """Variant → stamps a second of CPU time on one thread, normalisation included; ``cpu`` → measured on which."""
     metrics: tuple[Mapping[str, Any], ...] = ()
     """On images it has not seen: one table a data set, each with its prevalence and intervals."""
 
@@ -112,6 +114,8 @@ def read_card(folder: str | Path) -> ModelCard:
         raise ModelError(f"{path}: not valid TOML: {error}") from error
     if isinstance(values.get("input"), dict):
         values["input"] = _build(InputCard, values["input"], f"{path}: [input]")
+    if values.get("quantisation") and not all(isinstance(table, dict) for table in values["quantisation"].values()):
+        values["quantisation"] = {"int8": values["quantisation"]}  # cards from before there were several
     card = _build(ModelCard, values, str(path))
     check_card(card, path)
     return card

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from batchproc.io.cards import read_card
-from batchproc.io.models import check_model, find_model, list_models, load_model
+from batchproc.io.model_checks import check_model
+from batchproc.io.models import find_model, list_models, load_model
 from batchproc.learning.evaluate import auc_roc
 
 VARIANTS = ("float", "int8")
@@ -59,7 +60,10 @@ def test_its_card_says_how_good_it_is_and_for_which_mixture():
             low, high = row["auc_pr_interval"]
             assert low <= row["auc_pr"] <= high
             assert min(row["n_real"], row["n_bogus"]) > 0
-    assert {"largest_difference", "mean_difference", "stamps_per_cpu_second"} <= set(card.quantisation)
+    assert set(card.quantisation) == set(card.files) - {"float"}
+    for table in card.quantisation.values():
+        assert {"largest_difference", "mean_difference", "lost", "gained"} <= set(table)
+    assert set(card.speed) >= set(VARIANTS)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -15,11 +15,10 @@ import pytest
 from batchproc.errors import ModelError
 from batchproc.io.backends import open_backend
 from batchproc.io.cards import CARD, InputCard, ModelCard, read_card
+from batchproc.io.model_checks import add_model, check_model
 from batchproc.io.models import (
     CPU,
     Model,
-    add_model,
-    check_model,
     file_hash,
     find_model,
     list_models,
@@ -288,6 +287,13 @@ def test_a_card_that_contradicts_its_file_is_found(tmp_path):
     wanted = InputCard(size=5, normalisation="none", features=("fwhm",))
     with pytest.raises(ModelError, match="takes 1 inputs"):
         check_model(make_model(tmp_path / "b", input=wanted))
+
+
+def test_a_card_from_before_there_were_several_quantised_variants_can_be_read(toy):
+    """Its one table is that of int8."""
+    path = toy / "card.toml"
+    path.write_text(path.read_text() + '\n[quantisation]\nmethod = "static"\nmean_difference = 0.002\n')
+    assert read_card(toy).quantisation == {"int8": {"method": "static", "mean_difference": 0.002}}
 
 
 @pytest.fixture

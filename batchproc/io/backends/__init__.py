@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchproc.errors import ModelError
+from batchproc.io.backends.batches import Slot
 from batchproc.io.backends.edgetpu import is_compiled
 
 __all__ = [
@@ -50,6 +51,8 @@ class Backend(Protocol):
 
     provider: str
     """What computes: `CPU`, `CUDA` or another provider of ONNX Runtime, `LITERT`, `EDGETPU`."""
+    slots: Sequence[Slot]
+    """Its inputs, as the file has them."""
 
     def run(self, tensors: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         """Answer to tensors of n rows each (the stamps, then the features where it takes any): n rows, float32.

@@ -65,19 +65,19 @@ class LiteRTBackend:
         self._output = self._interpreter.get_output_details()[0]
         for each in (*self._inputs, self._output):
             _check_type(file, each)
-        self._slots = [Slot(each["name"], _signature(each)) for each in self._inputs]
+        self.slots: Sequence[Slot] = [Slot(each["name"], _signature(each)) for each in self._inputs]
         self._rows: int | None = None
         self._lock = Lock()
 
     def run(self, tensors: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         """See `batchproc.io.backends.Backend.run`."""
-        check_tensors(self.file, self._slots, tensors)
+        check_tensors(self.file, self.slots, tensors)
         with self._lock:
-            return in_batches(self._call, tensors, self._slots[0].shape[0])
+            return in_batches(self._call, tensors, self.slots[0].shape[0])
 
     def _call(self, tensors: Tensors) -> NDArray[np.float32]:
         try:
-            if self._slots[0].shape[0] is None:
+            if self.slots[0].shape[0] is None:
                 self._resize(tensors)
             for each, tensor in zip(self._inputs, tensors, strict=True):
                 self._interpreter.set_tensor(each["index"], _encoded(tensor, each))
