@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchproc.cli.common import INTERRUPTED, InOrder, complain, example, set_up, where_to_run
+from batchproc.cli.retrospective import retrospective
 from batchproc.config import Config
 
 if TYPE_CHECKING:
@@ -223,3 +224,6 @@ def evaluate_classifier(
     )
     click.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.text())
     return 0
+
+
+evaluate.add_command(retrospective)

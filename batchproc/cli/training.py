@@ -70,7 +70,7 @@ _SETTINGS = {
     help="Measure on all of these, and only on these, such as survey=GOTO; may be repeated.",
 )
 @click.option("--group", metavar="COLUMN", help="What is never divided: sky, none, or a column.  [default: sky]")
-@click.option("--cell", type=float, metavar="ARCMIN", help="Cells of the sky for that.  [default: 3]")
+@click.option("--cell", type=float, metavar="ARCMIN", help="Cells of the sky for that.  [default: 1]")
 @click.option("--epochs", type=click.IntRange(1), metavar="N", help="Passes over the examples.  [default: 40]")
 @click.option("--seed", type=click.IntRange(0), help="Of everything random.  [default: 0]")
 @click.option("--threads", type=click.IntRange(1), help="Of the computation.  [default: 1]")
@@ -93,14 +93,14 @@ def train(
     at one place of the sky is both learnt from and measured on. OUT/model is then added with `batchproc models add`.
     Networks need the extra 'train', forests 'forest'.
     """
-    chosen = _settings(settings, given)
+    chosen = settings_of(settings, given)
     os.environ.setdefault("OMP_NUM_THREADS", str(chosen.threads))
     from batchproc.training.gather import describe, gather, stamp_size
     from batchproc.training.train import check_room, train_model
 
     check_room(out, overwrite or dry_run)
     size = stamp_size(chosen)
-    there, reading = _what_to_read(sources, out, size, chosen.seed, quiet, given)
+    there, reading = what_to_read(sources, out, size, chosen.seed, quiet, given)
     if dry_run:
         click.echo(describe(there, reading, chosen, size))
         return 0
@@ -118,16 +118,18 @@ def train(
     return INTERRUPTED if found.interrupted else 0
 
 
-def _settings(path: Path | None, given: dict[str, Any]) -> TrainSettings:
+def settings_of(path: Path | None, given: dict[str, Any]) -> TrainSettings:
+    """Settings of a file, or the defaults, with those given as options in their place."""
     from batchproc.training.settings import TrainSettings
 
     settings = TrainSettings() if path is None else TrainSettings.from_toml(path)
-    return replace(settings, **{key: given[o] for o, key in _SETTINGS.items() if given[o] not in (None, ())})
+    return replace(settings, **{key: given[o] for o, key in _SETTINGS.items() if given.get(o) not in (None, ())})
 
 
-def _what_to_read(
+def what_to_read(
     sources: tuple[Path, ...], out: Path, size: int, seed: int, quiet: bool, given: dict[str, Any]
 ) -> tuple[Sources, Reading]:
+    """Where the examples come from and how they are labelled, of the options that were given."""
     from batchproc.config import Config
     from batchproc.training.gather import Sources
     from batchproc.training.injections import Injections
@@ -136,8 +138,8 @@ def _what_to_read(
 
     if given["truth"] is not None and (given["labels"] is not None or given["rules"]):
         raise UsageError("--truth, and --labels or --rule: labels come from one of them")
-    how = Injections(cache=given["cache"] or out.parent / "injected")
-    if given["config"] is not None:
+    how = Injections(cache=given.get("cache") or out.parent / "injected")
+    if given.get("config") is not None:
         how = replace(how, config=Config.from_toml(given["config"]))
     cutouts = replace(how.config.cutouts, size=max(how.config.cutouts.size, size))
     how = replace(how, config=replace(how.config, cutouts=cutouts), seed=seed)
@@ -150,4 +152,4 @@ def _what_to_read(
         seed=seed,
         quiet=quiet,
     )
-    return Sources(sources, given["manifests"], how), reading
+    return Sources(sources, given.get("manifests", ()), how), reading

@@ -23,6 +23,26 @@ __all__ = ["BOGUS", "REAL", "Examples", "is_binary"]
 REAL, BOGUS = "real", "bogus"
 
 
+class Chosen:
+    """Some rows of an array of stamps, read from it when they are asked for: nothing is copied before."""
+
+    def __init__(self, stamps: Any, rows: NDArray[np.intp]) -> None:
+        self._stamps, self._rows = stamps, rows
+        self.shape = (len(rows), *stamps.shape[1:])
+        self.ndim = len(self.shape)
+        self.dtype = stamps.dtype
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: Any) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = self._stamps[self._rows[rows]]
+        return found
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray:
+        return np.asarray(self[:], dtype=dtype)
+
+
 @dataclass(frozen=True)
 class Examples:
     """Stamps with their labels, one row each.
@@ -30,7 +50,8 @@ class Examples:
     Attributes
     ----------
     stamps : ndarray (n, 3, h, w) float32
-        New, reference, difference, un-normalised; NaN where there is no data. May be a memory map.
+        New, reference, difference, un-normalised; NaN where there is no data. A memory map or what else has a shape and
+        gives rows will do.
     label : ndarray (n,) str
         What each is: `REAL` or `BOGUS`, or the names of other classes.
     table : DataFrame of n rows
@@ -44,7 +65,7 @@ class Examples:
         Arrays of different lengths, or stamps of another shape.
     """
 
-    stamps: NDArray[np.float32]
+    stamps: Any
     label: NDArray[np.str_]
     table: pd.DataFrame
 
@@ -60,6 +81,10 @@ class Examples:
     def __getitem__(self, rows: Any) -> Examples:
         """Those of a slice, an array of row numbers or of booleans."""
         return Examples(self.stamps[rows], self.label[rows], self.table.iloc[rows].reset_index(drop=True))
+
+    def view(self, rows: NDArray[np.intp]) -> Examples:
+        """Those of an array of row numbers; their stamps are not copied, but taken from these when they are used."""
+        return Examples(Chosen(self.stamps, rows), self.label[rows], self.table.iloc[rows].reset_index(drop=True))
 
     @classmethod
     def join(cls, parts: Iterable[Examples]) -> Examples:

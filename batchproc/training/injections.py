@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,22 +19,20 @@ from numpy.typing import NDArray
 from batchproc.config import Config
 from batchproc.display import say, show
 from batchproc.errors import ExposureError, UsageError
-from batchproc.flow import subtract_exposures
-from batchproc.imaging.align import align
 from batchproc.io.images import read_new, read_refs
 from batchproc.io.manifest import entry_digest, read_manifest
-from batchproc.records import Exposure, ManifestEntry
-from batchproc.training.cases import plant, unpaired_sources
-from batchproc.training.examples import BOGUS, REAL, Examples
-from batchproc.training.harvest import label
-from batchproc.training.sources import add_seeing, at_most
+from batchproc.records import ManifestEntry
+from batchproc.training.cases import Case, unpaired_sources
+from batchproc.training.examples import Examples
+from batchproc.training.harvest import harvest
+from batchproc.training.planting import plant
 
 __all__ = ["LOW_THRESHOLD", "Injections", "inject_manifest"]
 
 #: Lower than that of a survey: there are more artefacts to learn from. In sigma; where no settings are given.
 LOW_THRESHOLD = 3.75
-#: Fainter unflagged artefacts are mere noise: at most `_MOST_NOISE` an image.
-_NOISE_BELOW, _MOST_NOISE = 4.6, 150
+#: Artefacts that are mere noise: at most so many an image.
+_MOST_NOISE = 150
 
 
 @dataclass(frozen=True)
@@ -120,31 +118,5 @@ def _planted(entry: ManifestEntry, how: Injections, number: int) -> Examples:
 
     doubtful = unpaired_sources(new, refs[0], to_ref)
     new, ref, truth = plant(new, refs[0], to_ref, random, n=how.per_image)
-    return _found(entry, how, (new, (ref, *refs[1:])), truth, doubtful, random)
-
-
-def _found(
-    entry: ManifestEntry,
-    how: Injections,
-    images: tuple[Exposure, Sequence[Exposure]],
-    truth: NDArray,
-    doubtful: NDArray,
-    random: np.random.Generator,
-) -> Examples:
-    new, refs = images
-    result = subtract_exposures(new, align(new, refs, how.config.align), how.config, image_id=entry.image_id)
-    catalogue = result.catalogue
-    real, match = label(catalogue, truth, fwhm=result.receipt.quality["fwhm_new"], doubtful=doubtful)
-    named = np.where(real == 1, REAL, np.where(real == 0, BOGUS, ""))
-    faint = (real == 0) & (catalogue["flags"] == 0) & (np.abs(catalogue["scorr"]) < _NOISE_BELOW)
-    noise = random.permutation(np.flatnonzero(faint))[_MOST_NOISE:]
-    named[noise] = ""
-    artefacts = at_most(np.where(named == BOGUS, BOGUS, ""), how.most, how.seed)
-    rows = np.sort(np.concatenate([np.flatnonzero(named == REAL), artefacts]))
-    known = match[rows] >= 0
-    planted = truth[match[rows]] if len(truth) else np.zeros(len(rows), truth.dtype)
-    table = add_seeing(pd.DataFrame(catalogue)).iloc[rows].reset_index(drop=True)
-    table = table.drop(columns="stamp_index").assign(
-        kind=np.where(known, planted["kind"], ""), planted_snr=np.where(known, planted["snr"], np.nan)
-    )
-    return Examples(result.stamps[rows], named[rows].astype(np.str_), table)
+    case = Case(entry.image_id, entry.image_id, new, (ref, *refs[1:]), truth, doubtful)
+    return harvest(case, how.config, noise=_MOST_NOISE, most=how.most, seed=how.seed)

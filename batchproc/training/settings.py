@@ -48,7 +48,7 @@ class FitConfig:
     """Of a model that is continued, fit the last layer only."""
     head_epochs: int = 3
     """Of a model that is continued, fit the last layer alone for so many epochs first."""
-    body_rate: float = 0.1
+    body_rate: float = 0.3
     """Learning rate of all but the last layer of a model that is continued, over that of the last."""
 
 
@@ -93,8 +93,8 @@ class TrainSettings(FitConfig):
     group: str = "sky"
     """What is never divided: ``sky``, cells of the sky (where positions are not known, the column ``group``), or the
     name of a column."""
-    cell_arcmin: float = 3.0
-    """Side of those cells."""
+    cell_arcmin: float = 1.0
+    """Side of those cells: larger than a stamp."""
     same_arcsec: float = 5.0
     """Candidates nearer than this to each other go into one cell, also across its border."""
     strata: tuple[str, ...] = ("ccd", "filter", "seeing", "mjd")

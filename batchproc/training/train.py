@@ -171,7 +171,7 @@ def train_model(
     _make_room(folder)
     write_text(folder / "config.toml", settings.to_toml())
     _write_split(folder / "split.parquet", examples, split)
-    parts = {name: examples[split.rows(name)] for name in PARTS}
+    parts = {name: examples.view(split.rows(name)) for name in PARTS}
     learn: Learner = importlib.import_module(LEARNERS[settings.kind]).learn
     with replacing(folder / "model") as temporary:
         temporary.mkdir()
