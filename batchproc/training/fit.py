@@ -70,6 +70,7 @@ class History:
     valid_auc_pr: list[float] = field(default_factory=list)
     """At 1:1; of several classes, the mean of each against all others."""
     best_epoch: int = -1
+    """Counted from 0; -1: as it was before the first."""
     interrupted: bool = False
     """Ctrl-C came: the weights are the best until then."""
 
@@ -103,7 +104,8 @@ def fit(
     train, valid : Labelled
     config : FitConfig
     head : Module, optional
-        The last layer of a network that has learnt something already: it is fitted first, and faster.
+        The last layer of a network that has learnt something already: it is fitted first, and faster. What the network
+        was stays, as epoch -1, if nothing becomes better.
     progress : bool
         Show a bar.
     """
@@ -115,6 +117,7 @@ def fit(
     weights = _class_weights(train.truth) if config.balance == "weights" else None
     valid_weights = None if config.balance == "none" else _class_weights(valid.truth)
     history, best = History(), copy.deepcopy(net.state_dict())
+    least = np.inf if head is None else _validated(net, valid, valid_weights)[0]
     epochs = show(range(config.epochs), config.epochs, "epochs", note=history.note, quiet=not progress)
     try:
         for epoch in epochs:
@@ -131,16 +134,16 @@ def fit(
                 optimiser.step()
                 schedule.step()
                 losses.append(loss.item())
-            logits = predict(net, valid.tensor, features=valid.features, squeeze=False)
+            valid_loss, valid_auc_pr = _validated(net, valid, valid_weights)
             history.train_loss.append(float(np.mean(losses)))
-            history.valid_loss.append(_loss(torch.from_numpy(logits), valid.truth, valid_weights).item())
-            history.valid_auc_pr.append(_mean_auc_pr(valid.truth, logits))
-            if history.valid_loss[-1] <= min(history.valid_loss):
-                history.best_epoch, best = epoch, copy.deepcopy(net.state_dict())
+            history.valid_loss.append(valid_loss)
+            history.valid_auc_pr.append(valid_auc_pr)
+            if valid_loss < least:
+                history.best_epoch, least, best = epoch, valid_loss, copy.deepcopy(net.state_dict())
             elif epoch - history.best_epoch >= config.patience:
                 break
     except KeyboardInterrupt:
-        if history.best_epoch < 0:
+        if not history.valid_auc_pr:
             raise
         for values in (history.train_loss, history.valid_loss, history.valid_auc_pr):
             del values[len(history.valid_auc_pr) :]
@@ -191,6 +194,12 @@ def balanced_loss(logits: torch.Tensor, truth: NDArray[Any], all_truth: NDArray[
 
 
 # --- Parts of the loop ------------------------------------------------------------------------------------------------
+
+
+def _validated(net: nn.Module, valid: Labelled, weights: NDArray[np.float32] | None) -> tuple[float, float]:
+    """Loss and AUC-PR of the validation part."""
+    logits = predict(net, valid.tensor, features=valid.features, squeeze=False)
+    return _loss(torch.from_numpy(logits), valid.truth, weights).item(), _mean_auc_pr(valid.truth, logits)
 
 
 def _call(net: nn.Module, stamps: torch.Tensor, features: torch.Tensor | None) -> torch.Tensor:

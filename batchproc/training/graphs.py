@@ -6,7 +6,7 @@ Of ONNX this knows what classifiers of stamps are made of, and names what it doe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,10 @@ from torch.nn import functional
 from batchproc.errors import ModelError
 
 __all__ = ["OPERATORS", "Graph", "Pretrained", "read_onnx"]
+
+#: Operator → which of its inputs training changes: weights, and what is added to what weights have made.
+_LEARNT_INPUTS = {"Conv": (1, 2), "Gemm": (1, 2), "MatMul": (0, 1), "Add": (0, 1), "BatchNormalization": (1, 2)}
+_LEARNT = "|learnt"
 
 Values = list[Any]
 Attributes = Mapping[str, Any]
@@ -62,13 +66,15 @@ class Graph(nn.Module):
         self, nodes: Sequence[Node], constants: Mapping[str, NDArray], inputs: Sequence[str], output: str
     ) -> None:
         super().__init__()
-        self.nodes, self.inputs, self.output = tuple(nodes), tuple(inputs), output
-        learnt = _learnt(nodes)
-        used = {name for node in nodes for name in node.inputs}
-        self._member = {}
-        for k, name in enumerate(name for name in constants if name in used):
-            tensor, member = torch.from_numpy(np.array(constants[name])), f"c{k}"
-            if name in learnt and tensor.is_floating_point():
+        self.inputs, self.output = tuple(inputs), output
+        self.nodes = tuple(replace(node, inputs=_told_apart(node, constants)) for node in nodes)
+        self._member: dict[str, str] = {}
+        for name in dict.fromkeys(name for node in self.nodes for name in node.inputs):
+            original, learnt = name.removesuffix(_LEARNT), name.endswith(_LEARNT)
+            if original not in constants:
+                continue
+            tensor, member = torch.from_numpy(np.array(constants[original])), f"c{len(self._member)}"
+            if learnt and tensor.is_floating_point():
                 self.register_parameter(member, nn.Parameter(tensor))
             else:
                 self.register_buffer(member, tensor)
@@ -163,10 +169,13 @@ def _needed(nodes: list[Node], output: str) -> list[Node]:
     return kept[::-1]
 
 
-def _learnt(nodes: Sequence[Node]) -> set[str]:
-    """Constants that training changes: weights and what is added to or multiplied with what weights have made."""
-    slots = {"Conv": (1, 2), "Gemm": (1, 2), "MatMul": (0, 1), "Add": (0, 1), "BatchNormalization": (1, 2)}
-    return {n.inputs[k] for n in nodes for k in slots.get(n.operator, ()) if k < len(n.inputs)}
+def _told_apart(node: Node, constants: Mapping[str, NDArray]) -> tuple[str, ...]:
+    """The inputs of a node, those that training changes by a name of their own.
+
+    Exporters write equal constants once: the bias and the mean of a normalisation may be one array of zeros.
+    """
+    slots = _LEARNT_INPUTS.get(node.operator, ())
+    return tuple(n + _LEARNT if k in slots and n in constants else n for k, n in enumerate(node.inputs))
 
 
 # --- Operators: inputs, attributes → output ---------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def _real_or_bogus(path: str | Path, values: pd.Series) -> pd.Series:
     numbers = pd.to_numeric(values, errors="coerce")
     if not numbers.isin([0, 1]).all():
         wrong = values[~numbers.isin([0, 1])].iloc[0]
-        raise UsageError(f"{path}: real is neither 0 nor 1 in some rows, such as {wrong!r}")
+        raise UsageError(f"{path}: real is neither 0 nor 1 in some rows, such as {wrong}")
     return numbers.map({0: BOGUS, 1: REAL})
 
 

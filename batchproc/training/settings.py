@@ -48,7 +48,7 @@ class FitConfig:
     """Of a model that is continued, fit the last layer only."""
     head_epochs: int = 3
     """Of a model that is continued, fit the last layer alone for so many epochs first."""
-    body_rate: float = 0.1
+    body_rate: float = 0.3
     """Learning rate of all but the last layer of a model that is continued, over that of the last."""
 
 

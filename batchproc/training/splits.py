@@ -87,7 +87,8 @@ def split_examples(label: ArrayLike, table: pd.DataFrame, settings: TrainSetting
         shares = {"train": 1 - settings.valid - settings.test, "valid": settings.valid, "test": settings.test}
     strata = strata_of(classes[free], table.iloc[free], settings.strata, settings.bins)
     names, number = np.unique(group[free], return_inverse=True)
-    chosen = _divide(number, len(names), strata, np.array(list(shares.values())), settings.seed)
+    n_classes = len(np.unique(classes[free]))
+    chosen = _divide(number, len(names), strata, n_classes, np.array(list(shares.values())), settings.seed)
     part[free] = np.array(list(shares))[chosen[number]]
     _check_parts(classes, part, group, tuple(shares), settings)
     notes += [*_large_groups(group[free]), *_few_groups(part, group)]
@@ -207,19 +208,24 @@ def _binned(column: pd.Series, bins: int) -> NDArray[np.intp]:
 
 
 def _divide(
-    number: NDArray[np.intp], n_groups: int, strata: csr_array, shares: NDArray[np.float64], seed: int
+    number: NDArray[np.intp], n_groups: int, strata: csr_array, n_classes: int, shares: NDArray[np.float64], seed: int
 ) -> NDArray[np.intp]:
     """A part for each group: one after the other, the large ones first, each to where it brings the shares nearest.
 
     The distance is the sum over strata k and parts p of (found − wanted)² / wanted, with wanted = share_p × total_k:
-    chi-square, so that rare classes weigh as much as common ones.
+    chi-square, so that rare classes weigh as much as common ones. Strata of fewer groups than it takes to give the
+    smallest part one are passed over, but for the classes, which are the first `n_classes`: such strata can but be in
+    the largest part, and would draw everything there.
     """
     membership = coo_array((np.ones(len(number)), (number, np.arange(len(number)))), shape=(n_groups, len(number)))
-    counts = (membership.tocsr() @ strata).tocsr()
+    counts = (membership.tocsr() @ strata).tocsc()
+    divisible = np.diff(counts.indptr) >= 1 / shares.min()
+    divisible[:n_classes] = True
+    counts = counts[:, divisible].tocsr()
     sizes = np.bincount(number, minlength=n_groups)
     shuffled = np.random.default_rng(seed).permutation(n_groups)
     order = shuffled[np.argsort(-sizes[shuffled], kind="stable")]
-    wanted = shares[:, None] * np.asarray(strata.sum(axis=0)).ravel()  # (parts, strata)
+    wanted = shares[:, None] * np.asarray(counts.sum(axis=0)).ravel()  # (parts, strata)
     found = np.zeros_like(wanted)
     chosen = np.zeros(n_groups, np.intp)
     for g in order:
@@ -228,7 +234,23 @@ def _divide(
         grown = ((2 * (found[:, k] - wanted[:, k]) + more) * more / wanted[:, k]).sum(axis=1)
         chosen[g] = int(np.argmin(grown))
         found[chosen[g], k] += more
+    _give_each_a_group(chosen, counts[:, :n_classes].toarray() > 0, order[::-1], len(shares))
     return chosen
+
+
+def _give_each_a_group(
+    chosen: NDArray[np.intp], has: NDArray[np.bool_], smallest_first: NDArray[np.intp], n_parts: int
+) -> None:
+    """Move single groups, in place, so that every part has every class, where there are groups enough."""
+    for k in range(has.shape[1]):
+        for part in range(n_parts):
+            if has[chosen == part, k].any():
+                continue
+            held = np.array([has[chosen == p].sum(axis=0) for p in range(n_parts)])  # groups (parts, classes)
+            for g in smallest_first:
+                if has[g, k] and (held[chosen[g]][has[g]] > 1).all():
+                    chosen[g] = part
+                    break
 
 
 # --- What is held out, and what may not be ----------------------------------------------------------------------------

@@ -152,10 +152,10 @@ def test_classes_count_alike_whatever_their_numbers():
     from batchproc.training.fit import balanced_loss
 
     logits = torch.tensor([1.0, -0.5, 0.3])
-    real = torch.tensor([1.0, 0.0, 0.0])
-    once = balanced_loss(logits, real, np.array([True, False, False]))
-    more, truth = torch.cat([logits, logits[1:]]), torch.cat([real, real[1:]])
-    assert torch.allclose(once, balanced_loss(more, truth, np.array([True, False, False, False, False])))
+    real = np.array([True, False, False])
+    once = balanced_loss(logits[:, None], real, real)
+    more, truth = torch.cat([logits, logits[1:]]), np.append(real, real[1:])
+    assert torch.allclose(once, balanced_loss(more[:, None], truth, truth))
 
 
 def test_metrics_carry_their_mixture_and_their_intervals(folder):
