@@ -79,7 +79,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
 
     fwhm = log_uniform(1.6, 5.5)
     # Long stars in one image are the guiding's doing, in both the optics'.
-    axis_ratio = rng.choice([rng.uniform(0.85, 1.0), rng.uniform(0.4, 1.0)])
+    axis_ratio = rng.choice([rng.uniform(0.85, 1.0), rng.uniform(0.35, 1.0)])
     alike = rng.uniform() < 0.7
     return Scene(
         fwhm_new=fwhm,
@@ -88,7 +88,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
         axis_ratio=axis_ratio,
         axis_ratio_ref=min(1.0, axis_ratio * rng.uniform(0.9, 1.15)) if alike else 1.0,
         theta=rng.uniform(0, 180),
-        psf_variation=rng.uniform(0, 0.3),
+        psf_variation=rng.choice([rng.uniform(0, 0.2), rng.uniform(0.2, 0.9)], p=[0.7, 0.3]),
         sky_new=log_uniform(100, 3000),
         sky_ref=log_uniform(100, 3000),
         sky_slope=rng.uniform(-0.2, 0.2),

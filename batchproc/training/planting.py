@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,7 @@ PLANTED = np.dtype([*((n, np.float64) for n in ("x", "y", "flux", "snr")), ("kin
 ToRef = Callable[[NDArray, NDArray], tuple[NDArray, NDArray]]
 
 FAINTEST = 6.0  # S/N of what is planted
+EXTENDED = 1.6  # a galaxy has that many times the light of a star with the same middle
 LEAST_CHANGE = 0.1  # of a star's light: what varies less is lost among what stars leave behind
 _NEIGHBOURS = 12  # stars that tell the PSF of a place, where there are three times as many
 
@@ -72,7 +74,9 @@ def plant(
         places.append(find_sources(data, sky.rms, exposure.mask))
         variances.append(sky.global_rms**2 + np.maximum(uniform_filter(data, 3), 0))
     scale = _flux_ratio(places, to_ref)
-    truth = _draw(lights[0], places[0], psfs[0], rng, 6 * n)
+    blank: dict[str, Any] = {"psf_new": psfs[0].typical, "psf_ref": psfs[1].typical, "sigma_new": sigmas[0], "sigma_ref": sigmas[1]}
+    on_sky = 1 / float(expected_snr(1.0, **blank, flux_ratio=scale)[0])
+    truth = _draw(lights[0], on_sky, places[0], psfs[0], rng, 6 * n)
     usable = (new.mask == 0) & ~clipped[0], (ref.mask == 0) & ~clipped[1]
     truth = truth[_clear(truth, usable, to_ref, psfs[0].fwhm, separation)[: 2 * n]]
     x_ref, y_ref = to_ref(truth["x"], truth["y"])
@@ -208,8 +212,11 @@ def _profile(shapes: NDArray[np.float64], off: tuple[float, float], beta: float 
 # --- Where, what and how bright ---------------------------------------------------------------------------------------
 
 
-def _draw(light: NDArray, sources: Sources, psf: LocalPsf, rng: np.random.Generator, n: int) -> NDArray:
-    """Places and kinds of `n`, more than will find room; ``flux`` is their S/N yet, but for those that vary."""
+def _draw(light: NDArray, noise: float, sources: Sources, psf: LocalPsf, rng: np.random.Generator, n: int) -> NDArray:
+    """Places and kinds of `n`, more than will find room; ``flux`` is their S/N yet, but for those that vary.
+
+    `noise` is that of a flux on blank sky; stars vary that are bright enough for half of their light to be seen.
+    """
     truth = np.zeros(n, PLANTED)
     share = rng.uniform(size=n)
     ny, nx = light.shape
@@ -217,8 +224,13 @@ def _draw(light: NDArray, sources: Sources, psf: LocalPsf, rng: np.random.Genera
     truth["kind"] = "new"
     truth["flux"] = np.exp(rng.uniform(np.log(FAINTEST), np.log(150), n))
 
-    width = sources.fwhm / [psf.here(x, y).fwhm for x, y in zip(sources.x, sources.y, strict=True)]
-    extended, hosts = np.flatnonzero(width > 1.3), np.flatnonzero(width < 1.2)
+    # By the pixel in their middle: what a total flux has of neighbours, or of a galaxy, is not a star's to lose.
+    row, column = (
+        np.clip(np.rint(place).astype(int), 0, side - 1) for place, side in ((sources.y, ny), (sources.x, nx))
+    )
+    flux = light[row, column] / [psf.at(x, y).max() for x, y in zip(sources.x, sources.y, strict=True)]
+    extended = np.flatnonzero(sources.flux > EXTENDED * np.maximum(flux, 0))
+    hosts = np.flatnonzero((sources.flux < EXTENDED * flux) & (flux > 2 * FAINTEST * noise))
     on_galaxy = (share > 0.4) & (share < 0.6) if len(extended) else np.zeros(n, bool)
     chosen = rng.choice(extended, on_galaxy.sum()) if len(extended) else extended
     spread = rng.normal(0, 0.4, (2, on_galaxy.sum())) * sources.fwhm[chosen]
@@ -229,14 +241,11 @@ def _draw(light: NDArray, sources: Sources, psf: LocalPsf, rng: np.random.Genera
     truth["flux"][lost] *= -1
 
     varies = (share > 0.6) if len(hosts) else np.zeros(n, bool)
-    host = rng.choice(hosts, varies.sum()) if len(hosts) else hosts
-    x, y = sources.x[host], sources.y[host]
-    # By the pixel in their middle: what a total flux has of neighbours cannot fade with them.
-    middle = light[np.rint(y).astype(int), np.rint(x).astype(int)]
-    flux = np.minimum(sources.flux[host], middle / [psf.at(*place).max() for place in zip(x, y, strict=True)])
-    change = np.maximum(flux, 0) * np.exp(rng.uniform(np.log(LEAST_CHANGE), 0, len(host)))
-    truth["x"][varies], truth["y"][varies] = x, y
-    fades = (rng.uniform(size=len(host)) < 0.4) & (change < 0.8 * flux)
+    bright = np.maximum(flux[hosts], 0) ** 0.3  # most are faint: bright ones, too, shall be seen to vary
+    host = rng.choice(hosts, varies.sum(), p=bright / bright.sum()) if len(hosts) else hosts
+    change = flux[host] * np.exp(rng.uniform(np.log(LEAST_CHANGE), np.log(2), len(host)))
+    truth["x"][varies], truth["y"][varies] = sources.x[host], sources.y[host]
+    fades = (rng.uniform(size=len(host)) < 0.7) & (change < 0.9 * flux[host])
     truth["flux"][varies] = np.where(fades, -change, change)
     truth["kind"][varies] = "variable"
     return truth

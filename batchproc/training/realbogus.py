@@ -48,8 +48,8 @@ SEARCH: dict[str, Any] = {"detect": {"threshold": THRESHOLD_SIGMA}, "cutouts": {
 CARELESS: dict[str, Any] = {"subtract": {"source_noise": False, "star_residuals": False}, "align": {"refine": False}}
 
 #: Part → seeds of simulated nights, and of rounds over the coadd's regions of that part.
-NIGHTS = {"train": range(1000, 1160), "valid": range(2000, 2012), "test": range(3000, 3012)}
-ROUNDS = {"train": range(100, 116), "valid": range(200, 206), "test": range(300, 305)}
+NIGHTS = {"train": range(1000, 1150), "valid": range(2000, 2012), "test": range(3000, 3012)}
+ROUNDS = {"train": range(100, 112), "valid": range(200, 206), "test": range(300, 305)}
 GOTO_SEEDS = range(6)
 #: Parts → what a card says they are.
 MEASURED_ON = {
