@@ -74,7 +74,12 @@ def plant(
         places.append(find_sources(data, sky.rms, exposure.mask))
         variances.append(sky.global_rms**2 + np.maximum(uniform_filter(data, 3), 0))
     scale = _flux_ratio(places, to_ref)
-    blank: dict[str, Any] = {"psf_new": psfs[0].typical, "psf_ref": psfs[1].typical, "sigma_new": sigmas[0], "sigma_ref": sigmas[1]}
+    blank: dict[str, Any] = {
+        "psf_new": psfs[0].typical,
+        "psf_ref": psfs[1].typical,
+        "sigma_new": sigmas[0],
+        "sigma_ref": sigmas[1],
+    }
     on_sky = 1 / float(expected_snr(1.0, **blank, flux_ratio=scale)[0])
     truth = _draw(lights[0], on_sky, places[0], psfs[0], rng, 6 * n)
     usable = (new.mask == 0) & ~clipped[0], (ref.mask == 0) & ~clipped[1]
@@ -96,7 +101,7 @@ def plant(
     varies = truth["kind"] == "variable"
     truth["flux"] *= np.where(varies, 1.0, noise)  # those that do not vary were drawn by their S/N
     truth["snr"] = np.abs(truth["flux"]) / noise
-    truth = truth[truth["snr"] >= FAINTEST][:n]
+    truth = truth[(truth["snr"] >= FAINTEST) & _leaves_light(truth, lights[0], sigmas[0], psfs[0])][:n]
 
     lost = truth["kind"] == "vanished"
     x_ref, y_ref = to_ref(truth["x"], truth["y"])
@@ -111,6 +116,16 @@ def plant(
         off = [replace(psf.typical, fwhm=psf.fwhm * np.exp(rng.normal(0, 0.06))) for psf in psfs]
         new, ref = replace(new, psf=off[0]), replace(ref, psf=off[1])
     return new, ref, truth
+
+
+def _leaves_light(truth: NDArray, light: NDArray, sigma: float, psf: LocalPsf) -> NDArray[np.bool_]:
+    """False for stars that lose more than they have, because part of what shines in their middle is a neighbour's."""
+    smooth = uniform_filter(light, 3)
+    row, column = np.rint(truth["y"]).astype(int), np.rint(truth["x"]).astype(int)
+    half = psf.size // 2
+    core = np.s_[half - 1 : half + 2, half - 1 : half + 2]
+    lost = [flux * psf.at(x, y)[core].mean() for x, y, flux in zip(truth["x"], truth["y"], truth["flux"], strict=True)]
+    return np.asarray((truth["kind"] != "variable") | (smooth[row, column] + lost > -sigma))
 
 
 def _with_sources(
