@@ -74,7 +74,12 @@ def plant(
         places.append(find_sources(data, sky.rms, exposure.mask))
         variances.append(sky.global_rms**2 + np.maximum(uniform_filter(data, 3), 0))
     scale = _flux_ratio(places, to_ref)
-    blank: dict[str, Any] = {"psf_new": psfs[0].typical, "psf_ref": psfs[1].typical, "sigma_new": sigmas[0], "sigma_ref": sigmas[1]}
+    blank: dict[str, Any] = {
+        "psf_new": psfs[0].typical,
+        "psf_ref": psfs[1].typical,
+        "sigma_new": sigmas[0],
+        "sigma_ref": sigmas[1],
+    }
     on_sky = 1 / float(expected_snr(1.0, **blank, flux_ratio=scale)[0])
     truth = _draw(lights[0], on_sky, places[0], psfs[0], rng, 6 * n)
     usable = (new.mask == 0) & ~clipped[0], (ref.mask == 0) & ~clipped[1]
