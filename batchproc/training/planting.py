@@ -35,7 +35,8 @@ ToRef = Callable[[NDArray, NDArray], tuple[NDArray, NDArray]]
 
 FAINTEST = 6.0  # S/N of what is planted
 EXTENDED = 1.6  # a galaxy has that many times the light of a star with the same middle
-LEAST_CHANGE = 0.1  # of a star's light: what varies less is lost among what stars leave behind
+#: Of a star's light: what varies less is lost among what stars leave behind; and where they leave more.
+LEAST_CHANGE, LEAST_CARELESS = 0.1, 0.4
 _NEIGHBOURS = 12  # stars that tell the PSF of a place, where there are three times as many
 
 
@@ -81,7 +82,8 @@ def plant(
         "sigma_ref": sigmas[1],
     }
     on_sky = 1 / float(expected_snr(1.0, **blank, flux_ratio=scale)[0])
-    truth = _draw(lights[0], on_sky, places[0], psfs[0], rng, 6 * n)
+    least = LEAST_CARELESS if careless else LEAST_CHANGE
+    truth = _draw(lights[0], on_sky, places[0], psfs[0], rng, 6 * n, least)
     usable = (new.mask == 0) & ~clipped[0], (ref.mask == 0) & ~clipped[1]
     truth = truth[_clear(truth, usable, to_ref, psfs[0].fwhm, separation)[: 2 * n]]
     x_ref, y_ref = to_ref(truth["x"], truth["y"])
@@ -101,7 +103,7 @@ def plant(
     varies = truth["kind"] == "variable"
     truth["flux"] *= np.where(varies, 1.0, noise)  # those that do not vary were drawn by their S/N
     truth["snr"] = np.abs(truth["flux"]) / noise
-    truth = truth[truth["snr"] >= FAINTEST][:n]
+    truth = truth[(truth["snr"] >= FAINTEST) & _leaves_light(truth, lights[0], sigmas[0], psfs[0])][:n]
 
     lost = truth["kind"] == "vanished"
     x_ref, y_ref = to_ref(truth["x"], truth["y"])
@@ -116,6 +118,16 @@ def plant(
         off = [replace(psf.typical, fwhm=psf.fwhm * np.exp(rng.normal(0, 0.06))) for psf in psfs]
         new, ref = replace(new, psf=off[0]), replace(ref, psf=off[1])
     return new, ref, truth
+
+
+def _leaves_light(truth: NDArray, light: NDArray, sigma: float, psf: LocalPsf) -> NDArray[np.bool_]:
+    """False for stars that lose more than they have, because part of what shines in their middle is a neighbour's."""
+    smooth = uniform_filter(light, 3)
+    row, column = np.rint(truth["y"]).astype(int), np.rint(truth["x"]).astype(int)
+    half = psf.size // 2
+    core = np.s_[half - 1 : half + 2, half - 1 : half + 2]
+    lost = [flux * psf.at(x, y)[core].mean() for x, y, flux in zip(truth["x"], truth["y"], truth["flux"], strict=True)]
+    return np.asarray((truth["kind"] != "variable") | (smooth[row, column] + lost > -sigma))
 
 
 def _with_sources(
@@ -220,7 +232,8 @@ def _profile(shapes: NDArray[np.float64], off: tuple[float, float], beta: float 
 def _draw(light: NDArray, noise: float, sources: Sources, psf: LocalPsf, rng: np.random.Generator, n: int) -> NDArray:
     """Places and kinds of `n`, more than will find room; ``flux`` is their S/N yet, but for those that vary.
 
-    `noise` is that of a flux on blank sky; stars vary that are bright enough for half of their light to be seen.
+    `noise` is that of a flux on blank sky; stars vary that are bright enough for half of their light to be seen, by the fraction
+    `least` of it or more.
     """
     truth = np.zeros(n, PLANTED)
     share = rng.uniform(size=n)
@@ -248,7 +261,7 @@ def _draw(light: NDArray, noise: float, sources: Sources, psf: LocalPsf, rng: np
     varies = (share > 0.6) if len(hosts) else np.zeros(n, bool)
     bright = np.maximum(flux[hosts], 0) ** 0.3  # most are faint: bright ones, too, shall be seen to vary
     host = rng.choice(hosts, varies.sum(), p=bright / bright.sum()) if len(hosts) else hosts
-    change = flux[host] * np.exp(rng.uniform(np.log(LEAST_CHANGE), np.log(2), len(host)))
+    change = flux[host] * np.exp(rng.uniform(np.log(least), np.log(2), len(host)))
     truth["x"][varies], truth["y"][varies] = sources.x[host], sources.y[host]
     fades = (rng.uniform(size=len(host)) < 0.7) & (change < 0.9 * flux[host])
     truth["flux"][varies] = np.where(fades, -change, change)
