@@ -92,7 +92,8 @@ def _of_run(path: Path, most: int, seed: int, labels: str | Path | None) -> Some
     rows = _drawn(len(stamps), most, seed)
     if labels is None:
         return SomeStamps(stamps[rows], None)
-    ids = open_catalogue(path, columns=["candidate_id"]).sort_values("stamp_index")["candidate_id"].to_numpy()
+    table = open_catalogue(path, columns=["candidate_id", "stamp_index"]).sort_values("stamp_index")
+    ids = table["candidate_id"].to_numpy()
     return SomeStamps(stamps[rows], _looked_up(Path(labels), "candidate_id", ids[rows].astype(str), str))
 
 

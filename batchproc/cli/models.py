@@ -148,6 +148,7 @@ def models_quantise(
 
     Written to its card as well. Exit code 2, and nothing is written, where one differs by more than the tolerances.
     """
+    from batchproc.io.models import find_model, read_card
     from batchproc.io.quantise import FORMATS, quantise_model
     from batchproc.stamp_sources import some_stamps
 
@@ -163,6 +164,21 @@ def models_quantise(
     )
     for variant, agreement in found.items():
         click.echo(f"{variant} against float: {agreement}")
+    card = read_card(find_model(model))
+    speeds = ", ".join(f"{variant} {speed}" for variant, speed in card.speed.items())
+    click.echo(f"stamps a second of CPU time, on one thread of this machine: {speeds}")
+    click.echo(f"{card.default_variant} is what runs use; to change that: batchproc models default {model} VARIANT")
+    return 0
+
+
+@models.command("default", epilog=example("batchproc models default mine int8-tflite"))
+@click.argument("model")
+@click.argument("variant")
+def models_default(model: str, variant: str) -> int:
+    """Choose the version of a model that runs use: float, or one of those that `quantise` has made."""
+    from batchproc.io.model_checks import set_default
+
+    set_default(model, variant)
     return 0
 
 

@@ -234,21 +234,22 @@ def classify(run: Path, models: tuple[str, ...], device: str | None, dry_run: bo
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The table: a .parquet file.")
 @device_option("What runs the models; if it cannot be had, that is an error.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads that a model may use.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
-def classify_alerts(alerts: Path, models: tuple[str, ...], out: Path, device: str, threads: int, quiet: bool) -> int:
-    """Score ZTF's alert packets with one or several models, in one pass, into one table.
+@where_to_run
+def classify_alerts(
+    alerts: Path, models: tuple[str, ...], out: Path, device: str, threads: int, where: Where, quiet: bool
+) -> int:
+    """Score alert packets of ZTF or Rubin with one or several models, in one pass, into one table.
 
-    ALERTS is an .avro file, a folder with such files in it, or a .tar, .tar.gz or .tgz of them (needs the extra
+    ALERTS is an .avro file, a .tar, .tar.gz or .tgz of such files, or a folder with any of these in it (needs the extra
     'alerts'). The table has a row for each alert: candid, object, measurements, a column score_MODEL for each model
-    (NaN: not scored), and what is wrong with a packet. It has its name once it is complete.
+    (NaN: not scored), and what is wrong with a packet. It has its name once it is complete; until then its parts lie
+    beside it, and the same command again goes on from them.
 
-    Exit code 0: all scored; 1: some could not be; 2: nothing was started.
+    Exit code 0: all scored; 1: some could not be; 2: nothing was started; 3: a fault.
     """
-    from batchproc.distribute.clusters import Where
-
-    set_up(None, Where("serial"))
+    set_up(None, where)
     from batchproc.packets import score_packets
 
-    scored = score_packets(alerts, models, out, device=device, threads=threads, quiet=quiet)
+    scored = score_packets(alerts, models, out, device=device, threads=threads, cluster=where, quiet=quiet)
     click.echo(f"{scored.text()}\n{out}")
     return scored.exit_code

@@ -24,6 +24,7 @@ def persistent(
     *,
     resources: Mapping[str, float] | None = None,
     smaller: Callable[[Item], Iterable[Item]] = lambda item: (item,),
+    idle: tuple[Callable[[], None], float] | None = None,
 ) -> Iterator[tuple[Item, Outcome]]:
     """Map a function over items as `sliding` does, and yield the last word on each.
 
@@ -40,6 +41,8 @@ def persistent(
     smaller : callable, optional
         What an item is tried again as whose worker died under it: several items that are it together, so that the one
         to blame is found.
+    idle : (callable, float), optional
+        What is called while nothing finishes, every so many seconds.
 
     Yields
     ------
@@ -48,7 +51,7 @@ def persistent(
     for trial in range(_TRIALS):
         again: list[Item] = []
         rest = False
-        for item, outcome in sliding(executor, function, items, resources=resources):
+        for item, outcome in sliding(executor, function, items, resources=resources, idle=idle):
             last = trial == _TRIALS - 1
             if isinstance(outcome.error, WorkerDiedError) and not last:
                 again += smaller(item)

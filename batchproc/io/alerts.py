@@ -125,7 +125,7 @@ def read_files(paths: Sequence[Path], *, chunk: int = 256) -> Iterator[Alerts]:
 
 def read_blocks(
     tarball: Path, *, size: int, wanted: Callable[[int], bool], chunk: int = 256
-) -> Iterator[tuple[int, Iterator[Alerts]]]:
+) -> Iterator[tuple[int, int, Iterator[Alerts]]]:
     """Alerts of some blocks of a tarball.
 
     Parameters
@@ -142,13 +142,14 @@ def read_blocks(
 
     Yields
     ------
-    number, iterator of Alerts
-        To be read before the next block is asked for. The `Alerts.n_bytes` count from the tarball's beginning.
+    number, n_bytes, iterator of Alerts
+        What had been read of the tarball when the block began. The alerts are to be read before the next block is asked
+        for.
     """
     meter = _Meter()
     members = _members(tarball, meter, lambda number: wanted(number // size))
     for block, some in groupby(members, key=lambda member: member[0] // size):
-        yield block, _chunks((file for _, file in some), meter, chunk)
+        yield block, meter.before, _chunks((file for _, file in some), meter, chunk)
 
 
 def find_sources(path: str | Path) -> list[Path]:
@@ -191,13 +192,15 @@ def _size(path: Path) -> int:
 
 def _chunks(files: Iterable[_File], meter: _Meter, chunk: int) -> Iterator[Alerts]:
     rows: list[_Row] = []
+    n_bytes = 0
     for row in _rows(files):
         rows.append(row)
+        n_bytes = meter.n_bytes  # before the next file is asked for
         if len(rows) == chunk:
-            yield _together(rows, meter.n_bytes)
+            yield _together(rows, n_bytes)
             rows = []
     if rows:
-        yield _together(rows, meter.n_bytes)
+        yield _together(rows, n_bytes)
 
 
 @dataclass(frozen=True)
@@ -261,9 +264,10 @@ def _avro_reader() -> Any:
 
 @dataclass
 class _Meter:
-    """How much of a source has been read."""
+    """How much of a source has been read: now, and before the last member of a tarball."""
 
     n_bytes: int = 0
+    before: int = 0
 
 
 @dataclass(frozen=True)
@@ -309,6 +313,7 @@ def _members(
                     if wanted(number):
                         yield number, _member(tar, member, f"{path}/{member.name}")
                     number += 1
+                meter.before = meter.n_bytes
                 tar.members.clear()  # type: ignore[attr-defined]  # it would remember every one of a night
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         if wanted(number):

@@ -14,12 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchproc.errors import ModelError
-from batchproc.io.atomic import replacing
-from batchproc.io.backends import provider_for, read_bytes
+from batchproc.io.atomic import replacing, write_text
+from batchproc.io.backends import lacks_runtime, provider_for, read_bytes
 from batchproc.io.cards import CARD, ModelCard, check_card, read_card
-from batchproc.io.models import Model, find_model, list_models, load_model, models_folder, unfit, verified_file
+from batchproc.io.models import (
+    Model,
+    find_model,
+    list_models,
+    load_model,
+    models_folder,
+    refuse_bundled,
+    unfit,
+    verified_file,
+)
 
-__all__ = ["add_model", "check_model"]
+__all__ = ["add_model", "check_model", "set_default"]
 
 
 def add_model(path: str | Path, name: str | None = None) -> Path:
@@ -57,6 +66,20 @@ def add_model(path: str | Path, name: str | None = None) -> Path:
     return target
 
 
+def set_default(name_or_path: str | Path, variant: str) -> None:
+    """Make a variant that runs on this CPU the one that a model is used by where nothing else is asked for.
+
+    Raises
+    ------
+    ModelError
+        No such model or variant, one that does not run here, or a model that comes with batchproc.
+    """
+    folder = find_model(name_or_path)
+    refuse_bundled(str(name_or_path))
+    _try_out(load_model(folder, variant=variant))
+    write_text(folder / CARD, replace(read_card(folder), default_variant=variant).to_toml())
+
+
 def check_model(name_or_path: str | Path, device: str = "cpu") -> list[str]:
     """Verify the hashes of a model's files, that each variant runs, gives probabilities, and leaves blanks unscored.
 
@@ -82,6 +105,9 @@ def check_model(name_or_path: str | Path, device: str = "cpu") -> list[str]:
     paths = {variant: verified_file(folder, card, variant)[0] for variant in card.files}
     lines = list(_edgetpu_verdicts(folder, card, paths)) if device == "edgetpu" else []
     runnable = [variant for variant, path in paths.items() if provider_for(path, device)]
+    idle = [variant for variant in runnable if lacks_runtime(paths[variant])]
+    if set(idle) != set(runnable):  # the rest can be tried all the same; of nothing but those, it is an error
+        runnable = [variant for variant in runnable if variant not in idle]
     if not runnable and not lines:
         raise unfit(folder, card, device)
     answers = {}
@@ -90,6 +116,11 @@ def check_model(name_or_path: str | Path, device: str = "cpu") -> list[str]:
             model = load_model(folder, variant=variant, device=device)
             answers[variant] = _try_out(model)
             lines.append(f"{variant}: {path.name} is the file on the card, runs on {model.provider}")
+        elif variant in idle:
+            lines.append(
+                f"{variant}: {path.name} is the file on the card, not run: neither ai-edge-litert nor "
+                f"tflite-runtime is installed (pip install 'batchproc[litert]')"
+            )
         elif device != "edgetpu":
             lines.append(f"{variant}: {path.name} is the file on the card, is not for {device}: not run")
     return [*lines, *_differences(answers)]

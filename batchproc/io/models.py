@@ -36,11 +36,11 @@ __all__ = [
     "ModelCard",
     "file_hash",
     "find_model",
-    "is_bundled",
     "list_models",
     "load_model",
     "models_folder",
     "read_card",
+    "refuse_bundled",
     "show_model",
     "unfit",
     "verified_file",
@@ -229,9 +229,13 @@ def list_models() -> dict[str, Path]:
     return found
 
 
-def is_bundled(name: str) -> bool:
-    """Whether a model of this name comes with batchproc."""
-    return (_BUNDLED / name / CARD).is_file()
+def refuse_bundled(name: str) -> None:
+    """Raise `ModelError` for the name of a model that comes with batchproc: its folder is not the user's to change."""
+    if name in (card.parent.name for card in _BUNDLED.glob(f"*/{CARD}")):
+        raise ModelError(
+            f"model {name} comes with batchproc, and its folder is not written to. Make a copy of your own, and take "
+            f"that:\n  batchproc models add {name} --name my-{name}"
+        )
 
 
 def find_model(name_or_path: str | Path) -> Path:

@@ -28,6 +28,9 @@ class Prepared:
         self.stamps = stamps
         self._made: dict[InputCard, tuple[NDArray[np.float32], NDArray[np.bool_]]] = {}
 
+    def __len__(self) -> int:
+        return len(self.stamps)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """``(n, 3, h, w)``."""

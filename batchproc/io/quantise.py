@@ -16,9 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from batchproc.errors import ModelError, UsageError
 from batchproc.io.atomic import write_bytes, write_text
-from batchproc.io.backends import provider_for
+from batchproc.io.backends import lacks_runtime, provider_for
 from batchproc.io.cards import CARD, ModelCard, read_card
-from batchproc.io.models import Model, file_hash, find_model, is_bundled, load_model
+from batchproc.io.cost import stamps_per_second
+from batchproc.io.models import Model, file_hash, find_model, load_model, refuse_bundled
 from batchproc.io.onnx_int8 import quantise_onnx
 from batchproc.io.tflite.files import LAYOUT, integer_file
 from batchproc.learning.evaluate import auc_pr
@@ -29,6 +30,8 @@ __all__ = ["FORMATS", "Agreement", "agreement", "quantise_model"]
 FEWEST_STAMPS = 64
 #: Stamps to calibrate on at most: ranges that they span hardly grow beyond.
 MOST_CALIBRATED = 1000
+#: Stamps that speed is measured on at most.
+MOST_TIMED = 512
 
 
 @dataclass(frozen=True)
@@ -170,11 +173,11 @@ def quantise_model(
     auc_pr_tolerance: float = 0.005,
     seed: int = 0,
 ) -> dict[str, Agreement]:
-    """Add 8-bit variants to a model folder, and write on the card how far each agrees with float.
+    """Add 8-bit variants to a model folder, and write on the card how far each agrees with float and how fast all are.
 
     Half of the stamps, and not more than `MOST_CALIBRATED`, are calibrated on; all others are what agreement is
-    measured on. The default variant stays what it is: which one is faster, and whether it is as accurate, has to be
-    measured.
+    measured on. The default variant stays what it is (`batchproc.io.model_checks.set_default`): which one is faster
+    depends on the machine.
 
     Parameters
     ----------
@@ -209,7 +212,8 @@ def quantise_model(
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
         raise UsageError(f"format {', '.join(unknown) or 'none'}: known: {', '.join(FORMATS)}")
-    folder = _writable(name_or_path)
+    folder = find_model(name_or_path)
+    refuse_bundled(str(name_or_path))
     card = read_card(folder)
     chosen = [FORMATS[name] for name in dict.fromkeys(formats)]
     _check_card(folder, card, chosen)
@@ -230,21 +234,12 @@ def quantise_model(
     notes = {form.variant: _notes(form, found[form.variant], len(tensor)) for form in chosen}
     card = replace(card, files={**card.files, **hashes}, quantisation={**card.quantisation, **notes})
     write_text(folder / CARD, card.to_toml())
+    speed = {variant: round(value) for variant, value in _speeds(folder, card, others[:MOST_TIMED]).items()}
+    write_text(folder / CARD, replace(card, speed=speed).to_toml())
     return found
 
 
 # --- Before anything is made ------------------------------------------------------------------------------------------
-
-
-def _writable(name_or_path: str | Path) -> Path:
-    folder = find_model(name_or_path)
-    if is_bundled(str(name_or_path)):
-        raise ModelError(
-            f"model {name_or_path} comes with batchproc, and its folder is not written to. Make a copy of your own:\n"
-            f"  batchproc models add {name_or_path} --name my-{name_or_path}\n"
-            f"  batchproc models quantise my-{name_or_path} …"
-        )
-    return folder
 
 
 def _check_card(folder: Path, card: ModelCard, chosen: Sequence[Format]) -> None:
@@ -308,6 +303,15 @@ def _measured(
         assert provider is not None
         trial = Model(card, str(path), form.variant, file_hash(path), provider=provider)
         yield form.variant, agreement(reference, trial.predict(stamps), card.threshold, labels, card.classes)
+
+
+def _speeds(folder: Path, card: ModelCard, stamps: NDArray[np.floating]) -> dict[str, float]:
+    """Stamps a second of CPU time of each variant that runs on this CPU, all measured now: speeds of other machines
+    cannot be compared with them.
+    """
+    paths = {variant: folder / file["path"] for variant, file in card.files.items()}
+    here = [variant for variant, path in paths.items() if provider_for(path, "cpu") and not lacks_runtime(path)]
+    return {variant: stamps_per_second(load_model(folder, variant=variant), stamps) for variant in here}
 
 
 def _refuse_harm(card: ModelCard, found: Mapping[str, Agreement], tolerance: float, auc_pr_tolerance: float) -> None:

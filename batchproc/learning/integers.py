@@ -67,7 +67,8 @@ def activation_steps(low: float, high: float) -> tuple[float, int]:
     """
     low, high = min(low, 0.0), max(high, 0.0)
     # The smallest normal float32 and upwards: runtimes divide by it.
-    scale = float(np.float32(max((high - low) / 255, np.finfo(np.float32).tiny))) if high > low else 1.0
+    scale = max((high - low) / 255, float(np.finfo(np.float32).tiny)) if high > low else 1.0
+    scale = float(np.float32(scale))
     return scale, int(np.clip(np.rint(-128 - low / scale), -128, 127))
 
 

@@ -19,11 +19,7 @@ from batchproc.io.braai import add_braai
 from batchproc.io.models import load_model
 from batchproc.learning.inputs import to_tensor
 from tests._real import data
-from tests.io._packets import cutout, fits_bytes, packet, record
-
-
-def stamp_of(seed=0, h=63, w=63):
-    return np.random.default_rng(seed).normal(100.0, 9.0, (3, h, w)).astype(np.float32)
+from tests.io._packets import cutout, fits_bytes, packet, record, stamp_of, tarball, write_night
 
 
 def one(path):
@@ -35,19 +31,7 @@ def one(path):
 @pytest.fixture
 def night(tmp_path):
     """A folder of five alerts, one of them with a score."""
-    folder = tmp_path / "night"
-    folder.mkdir()
-    for k in range(5):
-        (folder / f"{k}.avro").write_bytes(packet(record(k, stamp_of(k), drb=0.25 if k == 3 else None)))
-    return folder
-
-
-def tarball(folder, name):
-    path = folder.parent / name
-    with tarfile.open(path, "w:gz" if name.endswith("gz") else "w") as tar:
-        for file in sorted(folder.iterdir()):
-            tar.add(file, f"inner/{file.name}")
-    return path
+    return write_night(tmp_path / "night")
 
 
 def test_alerts_are_rows_in_the_order_of_the_pipeline(night):

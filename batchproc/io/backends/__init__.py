@@ -27,6 +27,7 @@ __all__ = [
     "LITERT",
     "Backend",
     "check_installed",
+    "lacks_runtime",
     "open_backend",
     "provider_for",
     "read_bytes",
@@ -87,6 +88,13 @@ def check_installed(path: str | Path) -> None:
         from batchproc.io.backends.litert import require_runtime
 
         require_runtime(path)
+
+
+def lacks_runtime(path: str | Path) -> bool:
+    """Whether it is a TFLite file, and this Python has nothing that runs one; imports nothing."""
+    from batchproc.io.backends.litert import is_installed
+
+    return Path(path).suffix == ".tflite" and not is_installed()
 
 
 @lru_cache(maxsize=8)

@@ -18,7 +18,7 @@ from batchproc.io.backends.batches import Slot, Tensors, check_tensors, in_batch
 from batchproc.io.backends.edgetpu import is_compiled
 from batchproc.learning.integers import dequantise, quantise
 
-__all__ = ["DELEGATE", "LiteRTBackend", "load_runtime", "require_runtime"]
+__all__ = ["DELEGATE", "LiteRTBackend", "is_installed", "load_runtime", "require_runtime"]
 
 #: The library that drives an Edge TPU.
 DELEGATE = "libedgetpu.so.1"
@@ -125,9 +125,14 @@ def _decoded(answer: NDArray[Any], details: Mapping[str, Any]) -> NDArray[np.flo
 # --- What must be installed -------------------------------------------------------------------------------------------
 
 
+def is_installed() -> bool:
+    """Whether one of the packages is; imports nothing."""
+    return any(map(find_spec, _RUNTIMES))
+
+
 def require_runtime(file: str | Path) -> None:
     """Raise `ModelError` where neither of the packages is installed; imports nothing."""
-    if not any(map(find_spec, _RUNTIMES)):
+    if not is_installed():
         raise _no_runtime(file, "neither of them is installed")
 
 
