@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Chunk", "Failure", "Piece", "classify_chunk", "open_models"]
 
-#: Candidates whose stamps are in memory at a time: 100 MB of stamps of 63 pixels, and as much while they are read.
-_PIECE = 2048
+#: Candidates whose stamps are in memory at a time: 50 MB of stamps of 63 pixels, and as much while they are read.
+_PIECE = 1024
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class Piece:
 
     places: tuple[Place, ...]
     parts: tuple[slice, ...]
+
+    def __len__(self) -> int:
+        return sum(part.stop - part.start for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -107,34 +110,33 @@ def classify_chunk(job: Job, models: Sequence[Any], chunk: Chunk) -> Mapping[str
     StorageError, DamagedRunError
         The scores cannot be written, or the stamps not be read.
     """
-    from batchproc.io.catalogue import write_scores
+    import numpy as np
+
+    from batchproc.io.catalogue import read_rows, write_scores
 
     folder, config = prepare(job)
     asked = [model for model in models if model.name in chunk.models]
     columns = ["candidate_id", "image_id", *dict.fromkeys(name for model in asked for name in _features(model))]
+    rows = read_rows(folder, chunk.places, columns)
     scores: dict[str, list[NDArray[Any]]] = {model.name: [] for model in asked}
     failed: dict[str, Failure] = {}
-    ids: list[pa.Table] = []
+    before = 0
     for piece in chunk.pieces():
         going = [model for model in asked if model.name not in failed]
         if not going:
             break
-        rows, stamps = _read(folder, piece, columns, pixels=any(_takes_stamps(model) for model in going))
-        ids.append(rows.select(["candidate_id", "image_id"]))
-        for batch in range(0, len(rows), config.classify.batch):
-            some = slice(batch, batch + config.classify.batch)
-            _score(going, rows, stamps, some, scores, failed)
-    written = [model for model in asked if model.name not in failed]
-    if written:
-        import numpy as np
-        import pyarrow as pa
-
-        table = pa.concat_tables(ids)
-        for model in written:
+        stamps = _read(folder, piece) if any(_takes_stamps(model) for model in going) else None
+        for batch in range(0, len(piece), config.classify.batch):
+            some = slice(batch, min(batch + config.classify.batch, len(piece)))
+            table = rows.slice(before + batch, some.stop - batch)
+            _score(going, table, None if stamps is None else stamps[some], scores, failed)
+        before += len(piece)
+    for model in asked:
+        if model.name not in failed:
             path = folder.scores_of(model.name) / f"{chunk.name}.parquet"
             with our_disk(folder.path):
                 found = np.concatenate(scores.pop(model.name))
-                write_scores(path, table["image_id"], table["candidate_id"], found, model)
+                write_scores(path, rows["image_id"], rows["candidate_id"], found, model)
     return failed
 
 
@@ -144,19 +146,16 @@ def open_models(models: Sequence[Any]) -> None:
         model.open()
 
 
-def _read(folder: Any, piece: Piece, columns: Sequence[str], pixels: bool) -> tuple[Any, Any]:
-    from batchproc.io.catalogue import read_rows
+def _read(folder: Any, piece: Piece) -> Any:
     from batchproc.io.stamps import read_stamps_of
 
-    rows = read_rows(folder, piece.places, columns, piece.parts)
-    return rows, read_stamps_of(folder, piece.places, piece.parts) if pixels else None
+    return read_stamps_of(folder, piece.places, piece.parts)
 
 
 def _score(
     models: Sequence[Any],
-    rows: Any,
+    rows: pa.Table,
     stamps: Any,
-    some: slice,
     scores: Mapping[str, list[NDArray[Any]]],
     failed: dict[str, Failure],
 ) -> None:
@@ -165,15 +164,14 @@ def _score(
 
     from batchproc.io.prepared import Prepared
 
-    batch = None if stamps is None else Prepared(stamps[some])
-    table = rows.slice(some.start, some.stop - some.start)
+    batch = None if stamps is None else Prepared(stamps)
     for model in models:
         if model.name in failed:
             continue
         names = _features(model)
-        features = np.column_stack([table[name].to_numpy() for name in names]) if names else None
+        features = np.column_stack([rows[name].to_numpy() for name in names]) if names else None
         try:
-            found = model.predict(batch if _takes_stamps(model) else None, features, batch=len(table))
+            found = model.predict(batch if _takes_stamps(model) else None, features, batch=len(rows))
         except Exception as error:
             if is_transient(error):  # of the disk that the model lies on
                 raise

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from batchproc.errors import DamagedRunError, RunMismatchError, UsageError
 from batchproc.io.atomic import replacing
-from batchproc.io.index import Index, Place, parts_of, read_index, read_moving
+from batchproc.io.index import Index, Place, read_index, read_moving
 from batchproc.io.markers import rows_digest
 from batchproc.io.run_folder import RunFolder
 from batchproc.records import CATALOGUE
@@ -86,15 +86,8 @@ def write_part(path: Path, rows: pa.Table) -> None:
         pq.write_table(rows, temporary, **PARQUET)
 
 
-def read_rows(
-    folder: RunFolder,
-    places: Sequence[Place],
-    columns: Sequence[str] | None = None,
-    parts: Sequence[slice] | None = None,
-) -> pa.Table:
+def read_rows(folder: RunFolder, places: Sequence[Place], columns: Sequence[str] | None = None) -> pa.Table:
     """Rows of some images, one after the other, wherever they lie and move to; ``stamp_index`` counts within each.
-
-    With `parts`, only these candidates of each of the places, all of which have some.
 
     Raises
     ------
@@ -104,10 +97,10 @@ def read_rows(
     names = SCHEMA.names if columns is None else list(columns)
 
     def read(found: Sequence[Place]) -> pa.Table:
-        tables = [_only(names).empty_table()]
-        for _, together in groupby(parts_of(found, parts), lambda place: place.pack or place.image_id):
-            tables += _rows_of(folder, list(together), names)
-        return pa.concat_tables(tables)
+        parts = [_only(names).empty_table()]
+        for _, together in groupby(found, lambda place: place.pack or place.image_id):
+            parts += _rows_of(folder, list(together), names)
+        return pa.concat_tables(parts)
 
     return read_moving(folder, [place for place in places if place.n], read)
 

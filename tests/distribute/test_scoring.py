@@ -184,8 +184,8 @@ def test_no_more_than_a_piece_is_in_memory(folder, monkeypatch):
     monkeypatch.setattr(module, "_read", lambda *a, **k: seen.append(read(*a, **k)) or seen[-1])
     model = _runs.Model("a")
     list(classify_chunks(folder, plan_chunks(folder, [model]), SerialExecutor(), models=[model]))
-    assert [len(rows) for rows, _ in seen] == [3, 32, 8, 32, 1]
-    np.testing.assert_array_equal(np.concatenate([stamps for _, stamps in seen]), open_stamps(folder.path)[:])
+    assert [len(stamps) for stamps in seen] == [3, 32, 8, 32, 1]
+    np.testing.assert_array_equal(np.concatenate(seen), open_stamps(folder.path)[:])
     catalogue = open_catalogue(folder.path)
     np.testing.assert_array_equal(catalogue["score_a"], catalogue["scorr"] / 100)
     chunk = Chunk(tuple(read_index(folder).places()))
