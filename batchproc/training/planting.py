@@ -229,11 +229,19 @@ def _profile(shapes: NDArray[np.float64], off: tuple[float, float], beta: float 
 # --- Where, what and how bright ---------------------------------------------------------------------------------------
 
 
-def _draw(light: NDArray, noise: float, sources: Sources, psf: LocalPsf, rng: np.random.Generator, n: int) -> NDArray:
+def _draw(
+    light: NDArray,
+    noise: float,
+    sources: Sources,
+    psf: LocalPsf,
+    rng: np.random.Generator,
+    n: int,
+    least: float,
+) -> NDArray:
     """Places and kinds of `n`, more than will find room; ``flux`` is their S/N yet, but for those that vary.
 
-    `noise` is that of a flux on blank sky; stars vary that are bright enough for half of their light to be seen, by the fraction
-    `least` of it or more.
+    `noise` is that of a flux on blank sky; stars vary that are bright enough for half of their light to be seen, by
+    the fraction `least` of it or more.
     """
     truth = np.zeros(n, PLANTED)
     share = rng.uniform(size=n)
