@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from batchproc import __version__
 from batchproc.config import Config
 from batchproc.display import say, show
 from batchproc.errors import ExposureError, UsageError
@@ -67,7 +68,7 @@ class Injections:
 
     def key(self, entry: ManifestEntry) -> str:
         """Tells apart whatever gives other examples."""
-        told = [entry_digest(entry), self.config.image_digest, self.per_image, self.most, self.seed]
+        told = [__version__, entry_digest(entry), self.config.image_digest, self.per_image, self.most, self.seed]
         told += self.known_in(entry).round(1).tolist()
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
 
