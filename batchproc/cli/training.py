@@ -41,7 +41,7 @@ _SETTINGS = {
     type=_PATH,
     help="Table (CSV, Parquet): candidate_id, candid or objectId, and label (a class) or real (0, 1).",
 )
-@click.option("--truth", type=_PATH, help="Of a run: its known transients.  [default: RUN/truth.parquet]")
+@click.option("--truth", type=_PATH, help="Known transients, of runs and of --inject.  [default: RUN/truth.parquet]")
 @click.option(
     "--rule",
     "rules",
@@ -131,7 +131,7 @@ def what_to_read(
 ) -> tuple[Sources, Reading]:
     """Where the examples come from and how they are labelled, of the options that were given."""
     from batchproc.config import Config
-    from batchproc.training.gather import Sources
+    from batchproc.training.gather import Sources, known_places
     from batchproc.training.injections import Injections
     from batchproc.training.labels import parse_rules, read_labels
     from batchproc.training.sources import Reading
@@ -143,6 +143,7 @@ def what_to_read(
         how = replace(how, config=Config.from_toml(given["config"]))
     cutouts = replace(how.config.cutouts, size=max(how.config.cutouts.size, size))
     how = replace(how, config=replace(how.config, cutouts=cutouts), seed=seed)
+    how = replace(how, known=known_places(sources, given["truth"]))
     reading = Reading(
         size=size,
         labels=None if given["labels"] is None else read_labels(given["labels"]),

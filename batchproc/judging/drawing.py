@@ -15,6 +15,8 @@ from batchproc.learning.evaluate import rates
 __all__ = ["draw"]
 
 _LINES = ("-", "--", ":")
+#: Candidates in a bin of scores that tell what it means.
+_CALIBRATED = 10
 
 
 def draw(found: Sequence[Judgement]) -> bytes:
@@ -39,12 +41,17 @@ def draw(found: Sequence[Judgement]) -> bytes:
 
 
 def _precision(axis: Axes, found: Sequence[Judgement]) -> None:
+    falls = 1.0  # recall from which on some precision is no longer near 1
     for number, one in enumerate(found):
         curve = rates(one.real, one.scores)
         for line, (mixture, share) in zip(_LINES, MIXTURES.items(), strict=True):
             label = f"{one.name}, {mixture}" if number == 0 else one.name if mixture == "1:1" else None
-            axis.plot(curve.real, curve.precision(share), line, color=colour(number), lw=1.2, label=label)
-    axis.set(title="precision for real : bogus", xlabel="recall", ylabel="precision", xlim=(0, 1.02), ylim=(0, 1.03))
+            precision = curve.precision(share)
+            axis.plot(curve.real, precision, line, color=colour(number), lw=1.2, label=label)
+            falls = min(falls, float(curve.real[precision < 0.97].min(initial=1.0)))
+    left = max(0.0, np.floor(10 * falls - 1) / 10)  # nothing happens before
+    axis.set(title="precision for real : bogus", xlabel="recall", ylabel="precision", ylim=(0, 1.03))
+    axis.set_xlim(left, 1 + 0.02 * (1 - left))
     axis.legend(loc="lower left")
 
 
@@ -67,12 +74,16 @@ def _calibration(axis: Axes, found: Sequence[Judgement]) -> None:
     for number, one in enumerate(found):
         if one.calibration:
             sample, even = one.calibration["sample"], one.calibration["1:1"]
-            axis.plot(even.score, even.real, "o-", ms=4, lw=1, color=colour(number), label=f"{one.name}, 1:1")
+            enough = sample.n >= _CALIBRATED
+            x, y = even.score[enough], even.real[enough]
+            axis.plot(x, y, "o-", ms=4, lw=1, color=colour(number), label=f"{one.name}, 1:1")
             label = "this sample" if number == 0 else None
-            axis.plot(sample.score, sample.real, "s:", ms=3, lw=1, color=colour(number), alpha=0.6, label=label)
-    axis.set(title="calibration", xlabel="mean score", ylabel="fraction that is real", ylim=(-0.03, 1.03))
+            x, y = sample.score[enough], sample.real[enough]
+            axis.plot(x, y, "s:", ms=3, lw=1, color=colour(number), alpha=0.6, label=label)
+    title = f"calibration, of bins with {_CALIBRATED} or more"
+    axis.set(title=title, xlabel="mean score", ylabel="fraction that is real", ylim=(-0.03, 1.03))
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(loc="upper left")
+        axis.legend(loc="lower right")
 
 
 def _scores(axis: Axes, one: Judgement) -> None:

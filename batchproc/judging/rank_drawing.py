@@ -43,7 +43,7 @@ def _panel(axis: Axes, name: str, ranking: Ranking, known: Ranking | None) -> No
         curves.append((known.scored.left_out, known.scored.bogus, "others of it known", colour(1), "--"))
     if len(scored.ordinary):
         curves.append((scored.ordinary, scored.bogus, "ordinary real ones", GREY, ":"))
-    most = ODDS[-1]
+    most = max(ODDS)
     least = most / (2 * max(len(scored.bogus), 1))
     for values, bogus, label, shade, line in curves:
         looked_at, recovered = _curve(values, bogus)

@@ -14,8 +14,8 @@ from batchproc.learning.ranks import ahead, expected_rank, weighted_median
 
 __all__ = ["ODDS", "Ranking", "Scored", "rank"]
 
-#: For one real candidate, so many bogus ones.
-ODDS = (100, 10_000)
+#: For one real candidate, so many bogus ones, and how that is written.
+ODDS = {100: "1:100", 10_000: "1:10^4"}
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ class Searches:
 
     def text(self) -> str:
         """Tables for a terminal."""
-        places = (f"place at 1:{odds}" for odds in ODDS)
+        places = (f"place at {ODDS[odds]}" for odds in ODDS)
         head = ("left out", "number", "of the median: bogus ahead", *places, "above threshold", "ROC AUC")
         rows = [row for one in self.found for row in _rows(one)]
         lines = [*table(head, rows), ""]
@@ -132,10 +132,11 @@ def _notes(found: Sequence[Search], plan: Plan) -> Iterator[str]:
         f"the threshold keeps {plan.completeness:.4g} of the ordinary real ones of the test part "
         f"({len(first.ordinary)} real, {len(first.bogus)} bogus there)"
     )
-    if len(first.bogus) < ODDS[-1]:
+    rarest = max(ODDS)
+    if len(first.bogus) < rarest:
         yield (
             f"{len(first.bogus)} bogus ones tell nothing finer than 1 in {len(first.bogus)}: "
-            f"the place at 1:{ODDS[-1]} is reached by extrapolation"
+            f"the place at {ODDS[rarest]} is reached by extrapolation"
         )
     if first.groups is not None:
         n = len(np.unique(np.concatenate(first.groups)))
@@ -172,7 +173,14 @@ def _cells(ranking: Ranking, start: str) -> tuple[str, ...]:
 
 def _each(one: Search) -> list[str]:
     names = one.table["id"] if "id" in one.table else one.table.index.astype(str)
-    head = (one.name, "score", "place", "bogus ahead", *(f"place at 1:{odds}" for odds in ODDS), "above the threshold")
+    head = (
+        one.name,
+        "score",
+        "place",
+        "bogus ahead",
+        *(f"place at {ODDS[odds]}" for odds in ODDS),
+        "above the threshold",
+    )
     rows = []
     for name, row, ahead in zip(names, one.table.to_dict("records"), one.ranking.ahead, strict=True):
         expected = (Interval(*map(float, expected_rank([ahead.value, ahead.low, ahead.high], odds))) for odds in ODDS)

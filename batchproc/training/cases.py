@@ -72,14 +72,19 @@ class Case:
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
-    """The conditions of a night: seeing, depth, crowding, defects, from good to bad."""
+    """The conditions of a night: seeing, depth, crowding, defects, from good to bad.
+
+    Three nights in ten are those of a small, wide telescope in the Milky Way: few pixels a star, many stars, and a
+    reference much deeper than new.
+    """
 
     def log_uniform(low: float, high: float) -> float:
         return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
-    fwhm = log_uniform(1.6, 5.5)
+    wide = rng.uniform() < 0.3
+    fwhm = log_uniform(1.5, 2.6) if wide else log_uniform(1.6, 5.5)
     # Long stars in one image are the guiding's doing, in both the optics'.
-    axis_ratio = rng.choice([rng.uniform(0.85, 1.0), rng.uniform(0.4, 1.0)])
+    axis_ratio = rng.choice([rng.uniform(0.85, 1.0), rng.uniform(0.35, 1.0)])
     alike = rng.uniform() < 0.7
     return Scene(
         fwhm_new=fwhm,
@@ -88,14 +93,14 @@ def draw_scene(rng: np.random.Generator) -> Scene:
         axis_ratio=axis_ratio,
         axis_ratio_ref=min(1.0, axis_ratio * rng.uniform(0.9, 1.15)) if alike else 1.0,
         theta=rng.uniform(0, 180),
-        psf_variation=rng.uniform(0, 0.3),
+        psf_variation=rng.choice([rng.uniform(0, 0.2), rng.uniform(0.2, 0.9)], p=[0.7, 0.3]),
         sky_new=log_uniform(100, 3000),
         sky_ref=log_uniform(100, 3000),
         sky_slope=rng.uniform(-0.2, 0.2),
         read_noise=rng.uniform(3, 12),
-        depth=int(rng.choice([1, 4, 10, 30])),
-        flux_ratio=log_uniform(0.2, 1.5),
-        n_stars=int(log_uniform(300, 5000)),
+        depth=int(rng.choice([10, 30] if wide else [1, 4, 10, 30])),
+        flux_ratio=log_uniform(0.1, 0.6) if wide else log_uniform(0.2, 1.5),
+        n_stars=int(log_uniform(2500, 12000) if wide else log_uniform(300, 5000)),
         n_galaxies=int(log_uniform(30, 250)),
         registration_jitter=log_uniform(0.01, 0.2),
         cosmic_rays=int(rng.uniform(5, 40)),

@@ -7,11 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
 
 from batchproc.display import size as bytes_text
 from batchproc.errors import UsageError
 from batchproc.io.manifest import read_manifest
 from batchproc.io.models import find_model, read_card
+from batchproc.io.run_folder import RunFolder
+from batchproc.report.facts import read_truth
 from batchproc.training.examples import Examples
 from batchproc.training.injections import Injections, inject_manifest
 from batchproc.training.settings import TrainSettings
@@ -19,7 +23,7 @@ from batchproc.training.sources import Reading, read_source
 from batchproc.training.splits import split_examples
 from batchproc.training.train import check_examples, part_table
 
-__all__ = ["Sources", "describe", "gather", "stamp_size"]
+__all__ = ["Sources", "describe", "gather", "known_places", "stamp_size"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,17 @@ def gather(sources: Sources, reading: Reading) -> Examples:
             yield replace(found, stamps=found.stamps[..., :0, :0]) if reading.size == 0 else found
 
     return Examples.join(each())
+
+
+def known_places(paths: Sequence[Path], truth: Path | None) -> dict[str, NDArray[np.float64]]:
+    """Image → places (x, y) of the transients that are known in it, of a table or of the runs that have one."""
+    runs = [RunFolder(path) for path in paths if RunFolder(path).record.is_file()]
+    tables = [read_truth(run, truth) for run in runs or ([RunFolder(Path())] if truth is not None else [])]
+    known = [table[["image_id", "x", "y"]] for table in tables if table is not None]
+    if not known:
+        return {}
+    places = pd.concat(known).drop_duplicates().groupby("image_id")
+    return {str(name): rows[["x", "y"]].to_numpy(np.float64) for name, rows in places}
 
 
 def stamp_size(settings: TrainSettings) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,6 +50,8 @@ class Injections:
     most : int
         Artefacts of an image at most, drawn at random; those that are but noise, at most 150 of them.
     seed : int
+    known : mapping
+        ``image_id`` → places (x, y) where something has changed that is known: neither real nor bogus here.
     """
 
     cache: Path
@@ -57,10 +59,16 @@ class Injections:
     per_image: int = 100
     most: int = 500
     seed: int = 0
+    known: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    def known_in(self, entry: ManifestEntry) -> NDArray[np.float64]:
+        """Places ``(k, 2)`` in one image."""
+        return np.asarray(self.known.get(entry.image_id, np.zeros((0, 2))))
 
     def key(self, entry: ManifestEntry) -> str:
         """Tells apart whatever gives other examples."""
         told = [entry_digest(entry), self.config.image_digest, self.per_image, self.most, self.seed]
+        told += self.known_in(entry).round(1).tolist()
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
 
 
@@ -116,7 +124,7 @@ def _planted(entry: ManifestEntry, how: Injections, number: int) -> Examples:
         found = refs[0].wcs.all_world2pix(*new.wcs.all_pix2world(x, y, 0), 0, quiet=True)
         return found[0], found[1]
 
-    doubtful = unpaired_sources(new, refs[0], to_ref)
+    doubtful = np.concatenate([unpaired_sources(new, refs[0], to_ref), how.known_in(entry)])
     new, ref, truth = plant(new, refs[0], to_ref, random, n=how.per_image)
     case = Case(entry.image_id, entry.image_id, new, (ref, *refs[1:]), truth, doubtful)
     return harvest(case, how.config, noise=_MOST_NOISE, most=how.most, seed=how.seed)

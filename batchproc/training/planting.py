@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,9 @@ PLANTED = np.dtype([*((n, np.float64) for n in ("x", "y", "flux", "snr")), ("kin
 ToRef = Callable[[NDArray, NDArray], tuple[NDArray, NDArray]]
 
 FAINTEST = 6.0  # S/N of what is planted
-LEAST_CHANGE = 0.1  # of a star's light: what varies less is lost among what stars leave behind
+EXTENDED = 1.6  # a galaxy has that many times the light of a star with the same middle
+#: Of a star's light: what varies less is lost among what stars leave behind; and where they leave more.
+LEAST_CHANGE, LEAST_CARELESS = 0.1, 0.4
 _NEIGHBOURS = 12  # stars that tell the PSF of a place, where there are three times as many
 
 
@@ -72,7 +75,15 @@ def plant(
         places.append(find_sources(data, sky.rms, exposure.mask))
         variances.append(sky.global_rms**2 + np.maximum(uniform_filter(data, 3), 0))
     scale = _flux_ratio(places, to_ref)
-    truth = _draw(lights[0], places[0], psfs[0], rng, 6 * n)
+    blank: dict[str, Any] = {
+        "psf_new": psfs[0].typical,
+        "psf_ref": psfs[1].typical,
+        "sigma_new": sigmas[0],
+        "sigma_ref": sigmas[1],
+    }
+    on_sky = 1 / float(expected_snr(1.0, **blank, flux_ratio=scale)[0])
+    least = LEAST_CARELESS if careless else LEAST_CHANGE
+    truth = _draw(lights[0], on_sky, places[0], psfs[0], rng, 6 * n, least)
     usable = (new.mask == 0) & ~clipped[0], (ref.mask == 0) & ~clipped[1]
     truth = truth[_clear(truth, usable, to_ref, psfs[0].fwhm, separation)[: 2 * n]]
     x_ref, y_ref = to_ref(truth["x"], truth["y"])
@@ -92,7 +103,7 @@ def plant(
     varies = truth["kind"] == "variable"
     truth["flux"] *= np.where(varies, 1.0, noise)  # those that do not vary were drawn by their S/N
     truth["snr"] = np.abs(truth["flux"]) / noise
-    truth = truth[truth["snr"] >= FAINTEST][:n]
+    truth = truth[(truth["snr"] >= FAINTEST) & _leaves_light(truth, lights[0], sigmas[0], psfs[0])][:n]
 
     lost = truth["kind"] == "vanished"
     x_ref, y_ref = to_ref(truth["x"], truth["y"])
@@ -107,6 +118,16 @@ def plant(
         off = [replace(psf.typical, fwhm=psf.fwhm * np.exp(rng.normal(0, 0.06))) for psf in psfs]
         new, ref = replace(new, psf=off[0]), replace(ref, psf=off[1])
     return new, ref, truth
+
+
+def _leaves_light(truth: NDArray, light: NDArray, sigma: float, psf: LocalPsf) -> NDArray[np.bool_]:
+    """False for stars that lose more than they have, because part of what shines in their middle is a neighbour's."""
+    smooth = uniform_filter(light, 3)
+    row, column = np.rint(truth["y"]).astype(int), np.rint(truth["x"]).astype(int)
+    half = psf.size // 2
+    core = np.s_[half - 1 : half + 2, half - 1 : half + 2]
+    lost = [flux * psf.at(x, y)[core].mean() for x, y, flux in zip(truth["x"], truth["y"], truth["flux"], strict=True)]
+    return np.asarray((truth["kind"] != "variable") | (smooth[row, column] + lost > -sigma))
 
 
 def _with_sources(
@@ -208,8 +229,20 @@ def _profile(shapes: NDArray[np.float64], off: tuple[float, float], beta: float 
 # --- Where, what and how bright ---------------------------------------------------------------------------------------
 
 
-def _draw(light: NDArray, sources: Sources, psf: LocalPsf, rng: np.random.Generator, n: int) -> NDArray:
-    """Places and kinds of `n`, more than will find room; ``flux`` is their S/N yet, but for those that vary."""
+def _draw(
+    light: NDArray,
+    noise: float,
+    sources: Sources,
+    psf: LocalPsf,
+    rng: np.random.Generator,
+    n: int,
+    least: float,
+) -> NDArray:
+    """Places and kinds of `n`, more than will find room; ``flux`` is their S/N yet, but for those that vary.
+
+    `noise` is that of a flux on blank sky; stars vary that are bright enough for half of their light to be seen, by
+    the fraction `least` of it or more.
+    """
     truth = np.zeros(n, PLANTED)
     share = rng.uniform(size=n)
     ny, nx = light.shape
@@ -217,8 +250,13 @@ def _draw(light: NDArray, sources: Sources, psf: LocalPsf, rng: np.random.Genera
     truth["kind"] = "new"
     truth["flux"] = np.exp(rng.uniform(np.log(FAINTEST), np.log(150), n))
 
-    width = sources.fwhm / [psf.here(x, y).fwhm for x, y in zip(sources.x, sources.y, strict=True)]
-    extended, hosts = np.flatnonzero(width > 1.3), np.flatnonzero(width < 1.2)
+    # By the pixel in their middle: what a total flux has of neighbours, or of a galaxy, is not a star's to lose.
+    row, column = (
+        np.clip(np.rint(place).astype(int), 0, side - 1) for place, side in ((sources.y, ny), (sources.x, nx))
+    )
+    flux = light[row, column] / [psf.at(x, y).max() for x, y in zip(sources.x, sources.y, strict=True)]
+    extended = np.flatnonzero(sources.flux > EXTENDED * np.maximum(flux, 0))
+    hosts = np.flatnonzero((sources.flux < EXTENDED * flux) & (flux > 2 * FAINTEST * noise))
     on_galaxy = (share > 0.4) & (share < 0.6) if len(extended) else np.zeros(n, bool)
     chosen = rng.choice(extended, on_galaxy.sum()) if len(extended) else extended
     spread = rng.normal(0, 0.4, (2, on_galaxy.sum())) * sources.fwhm[chosen]
@@ -229,14 +267,11 @@ def _draw(light: NDArray, sources: Sources, psf: LocalPsf, rng: np.random.Genera
     truth["flux"][lost] *= -1
 
     varies = (share > 0.6) if len(hosts) else np.zeros(n, bool)
-    host = rng.choice(hosts, varies.sum()) if len(hosts) else hosts
-    x, y = sources.x[host], sources.y[host]
-    # By the pixel in their middle: what a total flux has of neighbours cannot fade with them.
-    middle = light[np.rint(y).astype(int), np.rint(x).astype(int)]
-    flux = np.minimum(sources.flux[host], middle / [psf.at(*place).max() for place in zip(x, y, strict=True)])
-    change = np.maximum(flux, 0) * np.exp(rng.uniform(np.log(LEAST_CHANGE), 0, len(host)))
-    truth["x"][varies], truth["y"][varies] = x, y
-    fades = (rng.uniform(size=len(host)) < 0.4) & (change < 0.8 * flux)
+    bright = np.maximum(flux[hosts], 0) ** 0.3  # most are faint: bright ones, too, shall be seen to vary
+    host = rng.choice(hosts, varies.sum(), p=bright / bright.sum()) if len(hosts) else hosts
+    change = flux[host] * np.exp(rng.uniform(np.log(least), np.log(2), len(host)))
+    truth["x"][varies], truth["y"][varies] = sources.x[host], sources.y[host]
+    fades = (rng.uniform(size=len(host)) < 0.7) & (change < 0.9 * flux[host])
     truth["flux"][varies] = np.where(fades, -change, change)
     truth["kind"][varies] = "variable"
     return truth

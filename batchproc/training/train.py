@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from batchproc import __version__
 from batchproc.errors import UsageError
 from batchproc.io.atomic import replacing, write_bytes, write_text
 from batchproc.io.cards import CARD, InputCard, ModelCard, check_card
-from batchproc.io.models import file_hash, load_model
+from batchproc.io.models import Model, file_hash, load_model
 from batchproc.learning.evaluate import threshold_for_completeness
 from batchproc.training.examples import BOGUS, REAL, Examples, is_binary
 from batchproc.training.multiclass import measure_classes
@@ -132,7 +132,7 @@ class Trained:
                 + ("; interrupted, these are the best weights so far" if self.interrupted else "")
             )
         for table in self.card.metrics:
-            lines += _say(table)
+            lines += _say(table, self.card.training.get("base_on_the_same", {}))
         if not self.card.metrics:
             lines.append("not measured: the test part has one class only")
         files = ", ".join(name for name in _MADE if (self.folder / name).exists())
@@ -300,25 +300,37 @@ def _measured(
     write_text(folder / CARD, card.to_toml())
     if card.classes == (REAL,):
         valid = parts["valid"]
-        scores = _scores(folder, valid, card)
+        scores = _scores(load_model(folder), valid)
         scored = np.isfinite(scores)
         threshold = threshold_for_completeness(valid.label[scored] == REAL, scores[scored], settings.completeness)
         card = replace(card, threshold=float(np.floor(threshold * 1e6) / 1e6))
     test = parts["test"]
     if len(set(test.label)) > 1:
-        scores = _scores(folder, test, card)
+        scores = _scores(load_model(folder), test)
         group = split.group[split.rows("test")]
         card = replace(card, metrics=(_metrics(card, test, scores, group, settings),))
+        card = replace(card, training={**card.training, **_base_metrics(card, test, group, settings)})
     write_text(folder / CARD, card.to_toml())
     return card
 
 
-def _scores(folder: Path, examples: Examples, card: ModelCard) -> NDArray[np.float32]:
-    """By the file that was written, as users will have them."""
-    names = list(card.input.features)
+def _scores(model: Model, examples: Examples) -> NDArray[np.float32]:
+    """As users will have them."""
+    names = list(model.card.input.features)
     features = examples.table[names].to_numpy(np.float32, na_value=np.nan) if names else None
-    stamps = examples.stamps if card.input.channels else None
-    return load_model(folder).predict(stamps, features)
+    return model.predict(examples.stamps if model.takes_stamps else None, features)
+
+
+def _base_metrics(
+    card: ModelCard, test: Examples, group: NDArray[np.str_], settings: TrainSettings
+) -> dict[str, dict[str, Any]]:
+    """What the model that was continued is worth on the same part, if it knows the same classes."""
+    if not settings.base or load_model(settings.base).classes != card.classes:
+        return {}
+    base = load_model(settings.base, variant="float")
+    found = _metrics(base.card, test, _scores(base, test), group, settings)
+    told = {key: value for key, value in found.items() if key.startswith(("auc_pr", "bogus_removed_at", "macro_f1"))}
+    return {"base_on_the_same": told}
 
 
 def _metrics(
@@ -337,8 +349,14 @@ def _metrics(
     return {"variant": "float", **found}
 
 
-def _say(table: Mapping[str, Any]) -> Iterator[str]:
-    """A table of metrics, in lines."""
+def _say(table: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[str]:
+    """A table of metrics, in lines; beside them those of the model that was continued."""
+
+    def line(name: str, of: Callable[[Mapping[str, Any], str], Any], key: str) -> str:
+        said = [(of(t, key), *of(t, f"{key}_interval")) for t in (table, base) if key in t]
+        told = [f"{value:.4f} [{low:.4f}, {high:.4f}]" for value, low, high in said]
+        return f"  {name:30s} {'   the base: '.join(told)}"
+
     if "n_real" in table:
         counted = f"{table['n_real']} real, {table['n_bogus']} bogus"
         names = {
@@ -353,8 +371,6 @@ def _say(table: Mapping[str, Any]) -> Iterator[str]:
     lost = f", {table['n_not_scored']} not scored" if table["n_not_scored"] else ""
     yield f"{table['on']}: {counted}{lost}; {table['intervals']}"
     for key, name in names.items():
-        low, high = table[f"{key}_interval"]
-        yield f"  {name:30s} {table[key]:.4f} [{low:.4f}, {high:.4f}]"
-    for name in table.get("n", ()):
-        low, high = table["auc_pr_interval"][name]
-        yield f"  {f'AUC-PR of {name} at 1:1':30s} {table['auc_pr'][name]:.4f} [{low:.4f}, {high:.4f}]"
+        yield line(name, lambda t, k: t[k], key)
+    for one in table.get("n", ()):
+        yield line(f"AUC-PR of {one} at 1:1", lambda t, k, one=one: t[k][one], "auc_pr")  # type: ignore[misc]

@@ -52,7 +52,7 @@ def fits_bytes(pixels, **cards):
 def cutout(pixels, *, simple=b"SIMPLE  =  T"):
     """As in a packet: gzipped, and with a first card that is not where FITS wants it."""
     content = fits_bytes(pixels, BUNIT="DN")
-    return gzip.compress(simple.ljust(80) + content[80:] if simple else content)
+    return gzip.compress(simple.ljust(80) + content[80:] if simple else content, mtime=0)
 
 
 def record(candid, stamp, *, drb=None, **replaced):

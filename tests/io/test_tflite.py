@@ -286,5 +286,5 @@ def test_a_batch_that_is_asked_for_is_in_the_file(place, batch):
     any_number = integer_file(path, "NCHW", [last(stamps)])
     fixed = integer_file(path, "NCHW", [last(stamps)], batch=batch)
     backend = LiteRTBackend("fixed.tflite", fixed, 1)
-    assert backend._slots[0].shape == (batch, 13, 13, 3)
+    assert backend.slots[0].shape == (batch, 13, 13, 3)
     np.testing.assert_array_equal(backend.run([last(stamps)]), in_litert(any_number, stamps))

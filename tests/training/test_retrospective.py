@@ -215,3 +215,16 @@ def test_from_the_command_line(tmp_path, capsys):
         cli.main([*words[:4], "kind=nix", *words[5:], "--settings", str(tmp_path / "settings.toml")])
     assert exit_.value.code == 2
     assert "no example has that" in capsys.readouterr().err
+
+
+@pytest.mark.train
+def test_networks_are_searched_with_as_well(tmp_path):
+    """Stamps in place of columns; one epoch tells a bright middle from noise."""
+    pytest.importorskip("torch")
+    made = examples(500)
+    stamps = np.random.default_rng(1).normal(0, 1, (500, 3, 31, 31)).astype(np.float32)
+    stamps[made.label == "real", ::2, 14:17, 14:17] += 20
+    made = Examples(stamps, made.label, made.table)
+    wanted = replace(SETTINGS, kind="network", features=(), epochs=2)
+    (one,) = retrospective(made, tmp_path, wanted, ["kind=up"], QUICK, control=False, quiet=True)
+    assert one.ranking.values["auc_roc"].value > 0.9

@@ -14,7 +14,7 @@ from batchproc.io.catalogue import open_catalogue
 from batchproc.io.stamps import open_stamps
 from batchproc.training import injections
 from batchproc.training.examples import Examples
-from batchproc.training.gather import Sources, describe, gather
+from batchproc.training.gather import Sources, describe, gather, known_places
 from batchproc.training.injections import Injections, inject_manifest
 from batchproc.training.labels import parse_rules, read_labels, rule_labels, table_labels
 from batchproc.training.settings import TrainSettings
@@ -249,6 +249,19 @@ def test_injections_are_made_once(planted, tmp_path):
     assert Sources((), ["night.csv"], replace(how, seed=1)).missing() == 3
     other = Config.from_dict({"detect": {"threshold": 5.0}})
     assert Sources((), ["night.csv"], replace(how, config=other)).missing() == 3
+
+
+def test_what_is_known_to_have_changed_is_no_artefact(run):
+    """Known transients of the runs that are learnt from are places of which injections say nothing."""
+    entry = _runs.entries("c")[0]
+    known = pd.DataFrame({"image_id": ["c", "c"], "x": [1.0, 2.0], "y": [3.0, 4.0], "flux": 1.0, "snr": 9.0})
+    assert known_places([run], None) == {}
+    known.to_parquet(run / "truth.parquet")
+    how = Injections(run, known=known_places([run], None))
+    np.testing.assert_array_equal(how.known_in(entry), [[1, 3], [2, 4]])
+    assert how.known_in(_runs.entries("a")[0]).shape == (0, 2)
+    assert how.key(entry) != Injections(run).key(entry)
+    assert known_places([], run / "truth.parquet").keys() == {"c"}
 
 
 def test_a_dry_run_counts_and_computes_nothing(planted, tmp_path):

@@ -141,6 +141,9 @@ def test_few_labels_improve_a_model_elsewhere(trained, tmp_path):
     assert (base["name"], base["sha256"]) == ("trained", trained.card.files["float"]["sha256"])
     assert found.card.training["agreement_with_base"] < 1e-4
     assert found.card.input == trained.card.input
+    same = found.card.training["base_on_the_same"]
+    assert same["auc_pr"] < found.card.metrics[0]["auc_pr"]
+    assert f"the base: {same['auc_pr']:.4f}" in found.text()
 
 
 def test_nothing_learnt_leaves_the_base_as_it_was(trained, tmp_path):
