@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if error.errno == errno.EPIPE:  # whoever read our output has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         else:
-            complain(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
+            what = error.strerror or str(error) or type(error).__name__
+            complain(f"{error.filename or ''}: {what}".removeprefix(": "))
         code = 3
     except Exception:
         traceback.print_exc()
