@@ -57,7 +57,7 @@ MEASURED_ON = {
     "decam-test": "DECam coadd, regions held out",
     "goto-test": "GOTO pair, both directions; no image of GOTO was learnt from",
 }
-SETTINGS = TrainSettings(epochs=26, batch=256, learning_rate=3e-3)
+SETTINGS = TrainSettings(epochs=36, batch=256, learning_rate=3e-3)
 
 
 # --- Stamps -----------------------------------------------------------------------------------------------------------
