@@ -14,7 +14,9 @@ from batchproc.io.model_checks import check_model
 from batchproc.io.models import find_model, list_models, load_model
 from batchproc.learning.evaluate import auc_roc
 
-VARIANTS = ("float", "int8")
+#: On every CPU; the last one of all has a batch of 1 besides.
+VARIANTS = ("float", "int8", "int8-tflite")
+EVERY = (*VARIANTS, "edgetpu")
 
 
 def specimens(n=60, fwhm=3.0, snr=20.0, seed=0):
@@ -33,17 +35,22 @@ def specimens(n=60, fwhm=3.0, snr=20.0, seed=0):
     return with_star, empty
 
 
-def test_it_is_there_in_both_versions_and_small():
+def test_it_is_there_in_all_versions_and_small():
     """Found by name, from the package, below a megabyte in all."""
     folder = find_model("realbogus")
     assert list_models()["realbogus"] == folder
-    assert set(read_card(folder).files) == set(VARIANTS)
+    assert set(read_card(folder).files) == set(EVERY)
     assert sum(path.stat().st_size for path in folder.iterdir()) < 1e6
 
 
 def test_its_files_are_those_on_its_card():
-    """Hashes, provider, probabilities, blanks not scored, int8 close to float."""
-    assert len(check_model("realbogus")) == 3
+    """Hashes, provider, probabilities, blanks not scored, int8 close to float; one is for the Edge TPU."""
+    lines = check_model("realbogus")
+    assert sum("is the file on the card, runs on" in line for line in lines) == len(EVERY)
+    assert sum("differs from float" in line for line in lines) == len(EVERY) - 1
+    assert any(
+        line.startswith("edgetpu: ") and "not compiled yet" in line for line in check_model("realbogus", "edgetpu")
+    )
 
 
 def test_its_card_says_how_good_it_is_and_for_which_mixture():
