@@ -36,11 +36,13 @@ def specimens(n=60, fwhm=3.0, snr=20.0, seed=0):
 
 
 def test_it_is_there_in_all_versions_and_small():
-    """Found by name, from the package, below a megabyte in all."""
+    """Found by name, from the package; what every install runs is below a megabyte, all of it below one and a half."""
     folder = find_model("realbogus")
     assert list_models()["realbogus"] == folder
     assert set(read_card(folder).files) == set(EVERY)
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 1e6
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert sum(size for name, size in sizes.items() if not name.endswith(".tflite")) < 1e6
+    assert sum(sizes.values()) < 1.5e6
 
 
 def test_its_files_are_those_on_its_card():
