@@ -146,7 +146,9 @@ class ClassifyConfig:
     """Real or bogus."""
 
     model: str = "realbogus"
-    """A bundled or added model, or the path of one; empty for none."""
+    """A bundled or added model, or the path of one; empty for none. The report ranks by it."""
+    more_models: tuple[str, ...] = ()
+    """Further models that score in the same pass over the stamps; each has columns of its own."""
     batch: int = 256
     """Stamps to a call of the model."""
     device: str = "cpu"
@@ -155,7 +157,14 @@ class ClassifyConfig:
 
     def __post_init__(self) -> None:
         _require(self.batch >= 1, self, "batch", "at least 1")
+        _require(len(set(self.models)) == len(self.models), self, "more_models", "each once, and not `model` again")
+        _require(all(self.more_models), self, "more_models", "names or paths")
         _require(self.device in ("cpu", "gpu", "edgetpu"), self, "device", "cpu, gpu or edgetpu")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """All that score, the one that the report ranks by first."""
+        return (self.model, *self.more_models) if self.model else self.more_models
 
 
 @dataclass(frozen=True)
@@ -264,7 +273,7 @@ def settings_from(cls: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
         elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         elif isinstance(default, tuple):
-            if not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            if not (isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)):
                 raise ConfigError(f"{name} = {value!r}: expected a list of strings")
             value = tuple(value)
         elif type(value) is not type(default):

@@ -18,18 +18,19 @@ from typing import Any
 from batchproc.config import Config
 from batchproc.display import say, show
 from batchproc.distribute.campaign import process_images
+from batchproc.distribute.chunks import Chunk, Failure
 from batchproc.distribute.clusters import Where, expected_workers, open_executor, watching
 from batchproc.distribute.executors import Executor, WorkerDiedError
 from batchproc.distribute.plan import Plan, choose_spread, evenly, images_at_once, largest_need, plan_run
 from batchproc.distribute.prediction import fit, tile_bytes
-from batchproc.distribute.scoring import classify_chunks, plan_chunks
+from batchproc.distribute.scoring import check_here, check_workers, classify_chunks, plan_chunks, resources_of
 from batchproc.distribute.signals import leaving_in_order
-from batchproc.distribute.tasks import Chunk
 from batchproc.distribute.tiles import tiles_under_way
 from batchproc.errors import ClusterError, ConfigError, ModelError, StorageError, UsageError
 from batchproc.io.atomic import our_disk
 from batchproc.io.events import EventLog, NullEvents
 from batchproc.io.freeze import check, complete_change, drop_strange, freeze
+from batchproc.io.index import read_index
 from batchproc.io.manifest import read_manifest
 from batchproc.io.packs import plan_roll_ups, tidy
 from batchproc.io.progress import finished_images, gather
@@ -37,7 +38,7 @@ from batchproc.io.run_folder import RunFolder
 from batchproc.io.status import Status, read_status
 from batchproc.records import ManifestEntry, Receipt
 
-__all__ = ["RunSummary", "Steps", "classify", "plan", "retry", "run"]
+__all__ = ["Classified", "RunSummary", "Steps", "Unscored", "classify", "plan", "retry", "run", "unscored"]
 
 
 # The driver needs none of the numerics: where they are called, they are imported.
@@ -122,6 +123,43 @@ class RunSummary:
         return 1 if self.status.failed or self.left else 0
 
 
+@dataclass(frozen=True)
+class Classified:
+    """How a pass of models over a run ended.
+
+    Attributes
+    ----------
+    candidates : int
+        That were scored now, by one model or more.
+    problems : tuple of str
+        Models that failed, and why; the scores of the others are there.
+    """
+
+    candidates: int
+    problems: tuple[str, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        """0 all scored that was asked for; 1 a model failed."""
+        return int(bool(self.problems))
+
+
+@dataclass(frozen=True)
+class Unscored:
+    """What a pass of models over a run has to do.
+
+    Attributes
+    ----------
+    candidates : int
+        Of all finished images.
+    lacking : dict
+        Model → candidates that it has not scored.
+    """
+
+    candidates: int
+    lacking: dict[str, int]
+
+
 def run(
     manifest: str | Path | Sequence[ManifestEntry],
     out: str | Path,
@@ -184,9 +222,10 @@ def run(
     folder = RunFolder(Path(out))
     entries, settings = _entries(manifest), _spread(_settings(config, folder), spread)
     job = _Job(folder, settings, steps, Where.of(cluster, workers), report, max_bugs, quiet)
+    job.check_device()
     with folder.locked():
         changes = freeze(
-            folder, entries, settings, lambda: steps.wisdom(settings), model=job.model, extend=extend, redo=redo
+            folder, entries, settings, lambda: steps.wisdom(settings), models=job.models, extend=extend, redo=redo
         )
         if changes:
             say(f"changed: {changes.consequences()}", quiet=quiet)
@@ -214,6 +253,7 @@ def retry(
     folder = RunFolder.existing(out)
     folder.check_version()
     job = _Job(folder, _spread(folder.config(), spread), steps, Where.of(cluster, workers), report, max_bugs, quiet)
+    job.check_device()
     with folder.locked():
         job.take_stock()
         failed = {image_id for image_id, status in finished_images(folder).items() if status != "done"}
@@ -225,37 +265,71 @@ def retry(
 
 def classify(
     out: str | Path,
-    model: str,
+    models: str | Sequence[str],
     *,
+    device: str | None = None,
     cluster: str | Where = "local",
     workers: int | None = None,
     quiet: bool = False,
     steps: Steps = Steps(),
-) -> int:
-    """Score a run with a model; returns the number of candidates that were scored now.
+) -> Classified:
+    """Score a run with one or several models, in one pass over the stamps.
 
-    What the model has scored before is left as it is. The scores are the column ``score_<model>`` of `open_catalogue`.
+    What a model has scored before is left as it is, and what only some of the models lack is scored by those. The
+    scores are the columns ``score_<model>`` of `open_catalogue` (``score_<model>_<class>`` of several classes).
 
     Parameters
     ----------
     out : path
         A run folder.
-    model : str
-        A bundled or added model, or the path of one.
+    models : str or sequence of str
+        Bundled or added models, or the paths of some; each once.
+    device : {"cpu", "gpu", "edgetpu"}, optional
+        What runs them; by default what the run's settings say.
     cluster, workers, quiet, steps
         As for `run`.
+
+    Raises
+    ------
+    ModelError, UsageError
+        A model that cannot be had as asked, before anything is scored; or one that fails, where it is the only one.
     """
     folder = RunFolder.existing(out)
-    settings = folder.config()
-    settings = replace(settings, classify=replace(settings.classify, model=model))
-    job = _Job(folder, settings, steps, Where.of(cluster, workers), report=False, max_bugs=0, quiet=quiet)
+    job = _Job(
+        folder,
+        _scoring(folder.config(), models, device),
+        steps,
+        Where.of(cluster, workers),
+        report=False,
+        max_bugs=0,
+        quiet=quiet,
+    )
+    job.check_device()
     with folder.locked():
         job.take_stock()
         chunks = job.unscored()
+        scored = 0
         if chunks:
             with EventLog(folder) as job.events, leaving_in_order(), job.place((), chunks) as executor:
-                job.score(chunks, executor)
-    return sum(chunk.n_candidates for chunk in chunks)
+                job.check_device(executor)
+                scored = job.score(chunks, executor)
+    if job.failed and len(job.failed) == len(job.models):
+        raise next(iter(job.failed.values())).error
+    return Classified(scored, tuple(job.problems))
+
+
+def unscored(
+    out: str | Path, models: str | Sequence[str], *, device: str | None = None, steps: Steps = Steps()
+) -> Unscored:
+    """What `classify` would do; scores and writes nothing. Arguments as there."""
+    folder = RunFolder.existing(out)
+    settings = _scoring(folder.config(), models, device)
+    job = _Job(folder, settings, steps, Where("serial"), report=False, max_bugs=0, quiet=True)
+    lacking = Counter[str]()
+    for chunk in job.unscored():
+        lacking.update(dict.fromkeys(chunk.models, chunk.n_candidates))
+    candidates = len(read_index(folder))
+    return Unscored(candidates, {model.name: lacking[model.name] for model in job.models})
 
 
 def plan(
@@ -280,8 +354,7 @@ def plan(
 class _Job:
     """What the calls above have in common: the work on one run folder, once it is known what to do.
 
-    The model is loaded at once, so that a wrong name is known before the first image; so is a wrong word for the
-    cluster.
+    Models are loaded at once, so that a wrong name is known before the first image; so is a wrong word for the cluster.
     """
 
     def __init__(
@@ -297,11 +370,32 @@ class _Job:
         where.check()
         self.folder, self.settings, self.steps, self.where = folder, settings, steps, where
         self.report, self.max_bugs, self.quiet = report, max_bugs, quiet
-        name = settings.classify.model
-        self.model = steps.model(name, settings.threads, settings.classify.device) if name else None
+        scoring = settings.classify
+        self.models = [steps.model(name, settings.threads, scoring.device) for name in scoring.models]
+        twice = [name for name, n in Counter(model.name for model in self.models).items() if n > 1]
+        if twice:
+            raise UsageError(f"two models of the name {', '.join(twice)}: their scores would be one; name each once")
         self.events, self.pixels = NullEvents(), 0
         self.ended: Counter[str] = Counter()
         self.problems: list[str] = []
+        self.failed: dict[str, Failure] = {}
+
+    def check_device(self, executor: Executor | None = None) -> None:
+        """Have the models opened where they shall run, if that is no CPU: here, or by a worker of an executor.
+
+        Raises
+        ------
+        ModelError, UsageError
+            They cannot be had there.
+        """
+        device = self.settings.classify.device
+        if device == "cpu" or not self.models:
+            return
+        if self.where.cluster in ("serial", "local"):  # the workers are on this machine
+            if executor is None:
+                check_here(self.models)
+        elif executor is not None and not check_workers(self.models, device, executor):
+            say(f"no worker with device = {device!r} is here yet: that it can be used is not known", quiet=self.quiet)
 
     def take_stock(self) -> None:
         """Bring the log up to what the markers say, without those of images that were done with other settings."""
@@ -380,7 +474,8 @@ class _Job:
                 tasks = workers
         tiles = tile_bytes(self.settings.subtract.tile, tiles_under_way(workers)) if large else 0
         fit(need, self.where, images=tasks, threads=threads, large=large, tiles=tiles).check()
-        return open_executor(self.where, threads, tasks, large, folder=self.folder.log)
+        offered = resources_of(self.settings.classify.device) if self.models else None
+        return open_executor(self.where, threads, tasks, large, folder=self.folder.log, resources=offered)
 
     def spread(self, todo: Sequence[ManifestEntry], workers: int) -> str:
         """What the workers share out: images or tiles."""
@@ -392,6 +487,7 @@ class _Job:
         if how:
             say(how, quiet=self.quiet)
             self.events.beat(dashboard=how.removeprefix("watch it at "))
+        self.check_device(executor)
         self.process(todo, before, executor)
         if self.stopped:
             return 0
@@ -400,7 +496,7 @@ class _Job:
         except (StorageError, ClusterError):
             raise
         except Exception as error:  # the images are done; what follows goes on without scores
-            self.problems.append(_tell_scoring(error))
+            self.problems.append(_tell_scoring("", Failure(error, "".join(traceback.format_exception(error)))))
             return 0
 
     def process(self, todo: Sequence[ManifestEntry], before: int, executor: Executor) -> None:
@@ -455,11 +551,11 @@ class _Job:
             return None
 
     def unscored(self) -> list[Chunk]:
-        """What the model has not scored yet."""
-        return [] if self.model is None else list(plan_chunks(self.folder, self.model))
+        """What the models have not scored yet."""
+        return list(plan_chunks(self.folder, self.models)) if self.models else []
 
     def score(self, chunks: Sequence[Chunk], executor: Executor) -> int:
-        """Score chunks; returns the number of candidates in them."""
+        """Score chunks; returns the number of candidates that got scores. Models that fail are problems."""
         if not chunks:
             return 0
         total = sum(chunk.n_candidates for chunk in chunks)
@@ -468,19 +564,34 @@ class _Job:
             self.folder,
             chunks,
             executor,
-            model=self.model,
+            models=self.models,
             threads=self.settings.threads,
             device=self.settings.classify.device,
+            failed=self.failed,
         )
+        scored: dict[str, int] = {}
         for chunk in show(finished, total, "candidates scored", count=lambda c: c.n_candidates, quiet=self.quiet):
             self.events.write("scored", candidates=chunk.n_candidates)
-        return total
+            scored[chunk.name] = chunk.n_candidates  # by one model at a time, where a worker died
+        self.problems += [_tell_scoring(name, failure) for name, failure in self.failed.items()]
+        return sum(scored.values())
 
 
-def _tell_scoring(error: Exception) -> str:
+def _tell_scoring(model: str, failure: Failure) -> str:
     """In a line where it was foreseen, with its traceback otherwise."""
-    foreseen = isinstance(error, (ModelError, UsageError, WorkerDiedError))
-    return f"scoring: {error if foreseen else ''.join(traceback.format_exception(error))}"
+    foreseen = isinstance(failure.error, (ModelError, UsageError, WorkerDiedError))
+    return f"scoring{f' by {model}' if model else ''}: {failure.error if foreseen else failure.traceback}"
+
+
+def _scoring(settings: Config, models: str | Sequence[str], device: str | None) -> Config:
+    """The settings of a run, with other models."""
+    names = [models] if isinstance(models, str) else list(models)
+    if not names:
+        raise UsageError("no model to score with; `batchproc models list` says which there are")
+    if len(set(names)) < len(names):
+        raise UsageError(f"{', '.join(names)}: name each model once")
+    scoring = replace(settings.classify, model=names[0], more_models=tuple(names[1:]))
+    return replace(settings, classify=replace(scoring, device=device or scoring.device))
 
 
 def _entries(manifest: str | Path | Sequence[ManifestEntry]) -> list[ManifestEntry]:

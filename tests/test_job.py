@@ -239,11 +239,11 @@ def test_scoring_does_what_is_missing(tmp_path):
     """A second model scores beside the first; a model scores what it has not scored; whole images to a chunk."""
     run(_runs.entries("n3", "n4"), tmp_path / "run", config=_runs.CONFIG, **SERIAL)
     folder = RunFolder(tmp_path / "run")
-    chunks = list(plan_chunks(folder, SimpleNamespace(name="stub", hash=""), size=3))
+    chunks = list(plan_chunks(folder, [SimpleNamespace(name="stub", hash="")], size=3))
     assert [[place.image_id for place in chunk.places] for chunk in chunks] == [["n3"], ["n4"]]
-    assert classify(folder.path, "stub", **SERIAL) == 7
-    assert classify(folder.path, "stub", **SERIAL) == 0
-    assert classify(folder.path, "other", **SERIAL) == 7
+    assert classify(folder.path, "stub", **SERIAL).candidates == 7
+    assert classify(folder.path, "stub", **SERIAL).candidates == 0
+    assert classify(folder.path, "other", **SERIAL).candidates == 7
     catalogue = open_catalogue(folder.path)
     assert (catalogue["score_stub"] == catalogue["score_other"]).all()
 
@@ -261,21 +261,23 @@ def small_model(folder: Path) -> Path:
 
 
 def test_the_settings_say_what_runs_a_model(tmp_path):
-    """TFLite like ONNX; on a GPU that is not there nothing is scored, and the images stay done."""
+    """TFLite like ONNX; a GPU that is not there is refused before anything is begun."""
     folder = small_model(tmp_path / "small")
     steps = {"steps": replace(STUBS, model=Steps().model)}
     run(_runs.entries("n3", "n4"), tmp_path / "run", config=_runs.CONFIG, **SERIAL)
     text = (folder / "card.toml").read_text()
     if importlib.util.find_spec("ai_edge_litert"):
         (folder / "card.toml").write_text(text.replace('default_variant = "float"', 'default_variant = "int8"'))
-        assert classify(tmp_path / "run", str(folder), **SERIAL | steps) == 7
+        assert classify(tmp_path / "run", str(folder), **SERIAL | steps).candidates == 7
         exact = load_model(folder, variant="float").predict(open_stamps(tmp_path / "run"))
         catalogue = open_catalogue(tmp_path / "run")
         np.testing.assert_allclose(catalogue["score_small"], exact[catalogue["stamp_index"]], atol=0.02)
     config = replace(_runs.CONFIG, classify=replace(_runs.CONFIG.classify, model=str(folder), device="gpu"))
-    summary = run(_runs.entries("n3"), tmp_path / "gpu", config=config, **SERIAL | steps)
-    assert (summary.status.done, summary.scored, summary.exit_code) == (1, 0, 3)
-    assert "CUDAExecutionProvider is not in this ONNX Runtime" in summary.problem
+    with pytest.raises(ModelError, match="CUDAExecutionProvider is not in this ONNX Runtime"):
+        run(_runs.entries("n3"), tmp_path / "gpu", config=config, **SERIAL | steps)
+    assert not (tmp_path / "gpu" / "manifest.parquet").exists()
+    with pytest.raises(ModelError, match="CUDAExecutionProvider is not in this ONNX Runtime"):
+        classify(tmp_path / "run", str(folder), device="gpu", **SERIAL | steps)
 
 
 def test_a_model_that_does_not_fit_leaves_the_images_done(tmp_path):

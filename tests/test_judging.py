@@ -15,7 +15,7 @@ from batchproc.io.catalogue import write_scores
 from batchproc.io.run_folder import RunFolder
 from batchproc.judging.candidates import read_candidates
 from batchproc.judging.evaluate import evaluate_candidates
-from batchproc.judging.measures import MIXTURES, Plan, _split
+from batchproc.judging.measures import MIXTURES, Plan, split_column
 from batchproc.learning.evaluate import auc_pr, brier, recall
 from tests.test_report import make_run
 
@@ -111,7 +111,7 @@ def test_parts_hold_every_candidate_once(tmp_path):
 )
 def test_columns_are_cut_into_parts(values, names):
     """Whole numbers that are few, and words, by value; other numbers by quantiles; each row in one part."""
-    parts = _split(pd.Series(values, name="a"), 2)
+    parts = split_column(pd.Series(values, name="a"), 2)
     assert sorted(np.concatenate([rows for _, rows in parts])) == list(range(len(values)))
     assert [name for name, _ in parts] == names
 

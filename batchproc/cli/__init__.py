@@ -23,6 +23,7 @@ from batchproc.cli.manifests import manifest
 from batchproc.cli.models import models
 from batchproc.cli.running import classify, classify_alerts, demo, report, retry, run, status
 from batchproc.cli.submit import submit
+from batchproc.cli.training import train
 from batchproc.cli.verify import verify
 from batchproc.errors import BatchprocError, ClusterError, DamagedRunError, StorageError
 
@@ -49,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if error.errno == errno.EPIPE:  # whoever read our output has gone
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         else:
-            complain(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
+            what = error.strerror or str(error) or type(error).__name__
+            complain(f"{error.filename or ''}: {what}".removeprefix(": "))
         code = 3
     except Exception:
         traceback.print_exc()
@@ -73,5 +75,5 @@ def cli() -> None:
 
 
 _RUNS = (demo, manifest, run, submit, status, verify, retry, report, classify)
-for _verb in (*_RUNS, classify_alerts, finish, models, evaluate):
+for _verb in (*_RUNS, classify_alerts, finish, models, train, evaluate):
     cli.add_command(_verb)

@@ -111,6 +111,22 @@ max_bugs_option = click.option(
 )
 
 
+models_option = click.option(
+    "--model",
+    "models",
+    metavar="MODEL",
+    required=True,
+    multiple=True,
+    help="A bundled or added model (`batchproc models list`), or a folder; again for each more.",
+)
+
+
+def device_option(meaning: str, default: str | None = "cpu") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """``--device``, of verbs that run models."""
+    choice = click.Choice(["cpu", "gpu", "edgetpu"])
+    return click.option("--device", type=choice, default=default, show_default=default is not None, help=meaning)
+
+
 def set_up(config: Config | None, where: Where) -> None:
     """Hold NumPy's and other libraries' threads to the configured number; before they are imported.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from batchproc.cli.common import INTERRUPTED, InOrder, complain, example, set_up, where_to_run
+from batchproc.cli.retrospective import retrospective
 from batchproc.config import Config
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def evaluate_completeness(
     "chosen",
     multiple=True,
     metavar="COLUMN",
-    help="Evaluate this score; may be repeated.  [default: all of them]",
+    help="Evaluate this score (with several classes: this model); may be repeated.  [default: all of them]",
 )
 @click.option(
     "--group",
@@ -177,6 +178,12 @@ def evaluate_completeness(
     show_default=True,
     help="Of the scored real ones, the fraction that the threshold keeps.",
 )
+@click.option(
+    "--label",
+    metavar="COLUMN",
+    help="Classes, of candidates or of a run's known transients.  [default: label or class, where there is no real]",
+)
+@click.option("--no-cost", is_flag=True, help="Of a run: do not measure speed and memory of its models.")
 @click.option("--bins", type=click.IntRange(2), default=4, show_default=True, help="Quantiles of a column of numbers.")
 @click.option("--resamples", type=click.IntRange(2), default=1000, show_default=True, help="Of the bootstrap.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the bootstrap.")
@@ -189,25 +196,34 @@ def evaluate_classifier(
     group: str | None,
     by: tuple[str, ...],
     completeness: float,
+    label: str | None,
+    no_cost: bool,
     bins: int,
     resamples: int,
     seed: int,
     as_json: bool,
 ) -> int:
-    """How well scores tell real from bogus, for mixtures of 1:1, 1:100 and 1:10^4, with intervals.
+    """How well scores tell real from bogus, for mixtures of 1:1, 1:100 and 1:10^4, with intervals; or classes apart.
 
     SCORES is a table (CSV or Parquet) with a column real (0 or 1), one or more columns score or score_NAME (empty: not
     scored) and, if you like, group, ccd, filter, seeing, mag, mjd; or a run folder with its known transients.
 
+    With several classes: a column label or class in place of real, and a column score_CLASS or score_NAME_CLASS for
+    each; of a run, --label names the column of the known transients. Speed and memory of the models of a run are
+    measured on its stamps.
+
     Exit code 0, however good they are; 2 when the input cannot be evaluated.
     """
-    from batchproc.judging.candidates import read_candidates
-    from batchproc.judging.evaluate import evaluate_candidates
+    from batchproc.judging.judge import evaluate_scores
     from batchproc.judging.measures import Plan
 
     columns = None if not by else () if by == ("none",) else by
-    candidates = read_candidates(scores, truth=truth, scores=chosen, group=group, by=columns)
     plan = Plan(completeness=completeness, resamples=resamples, parts=bins, seed=seed)
-    found = evaluate_candidates(candidates, out, plan)
+    found = evaluate_scores(
+        scores, out, plan, truth=truth, label=label, scores=chosen, group=group, by=columns, with_cost=not no_cost
+    )
     click.echo(json.dumps(found.to_dict(), indent=2) if as_json else found.text())
     return 0
+
+
+evaluate.add_command(retrospective)

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING
 import click
 
 from batchproc.cli.common import (
+    complain,
+    device_option,
     example,
     manifest_argument,
     max_bugs_option,
+    models_option,
     out_option,
     report_option,
     run_folder,
@@ -22,7 +25,7 @@ from batchproc.cli.common import (
     spread_option,
     where_to_run,
 )
-from batchproc.cli.texts import tell_plan, tell_run, tell_status, tell_submitted
+from batchproc.cli.texts import tell_plan, tell_run, tell_status, tell_submitted, tell_unscored
 from batchproc.config import Config
 
 if TYPE_CHECKING:
@@ -187,18 +190,39 @@ def report(run: Path, truth: Path | None) -> int:
     return 0
 
 
-@click.command(epilog=example("batchproc classify RUN --model realbogus"))
+@click.command(
+    epilog=example(
+        "batchproc classify RUN --model realbogus",
+        "batchproc classify RUN --model realbogus --model braai-d6_m7 --workers 4",
+    )
+)
 @run_folder
-@click.option("--model", required=True, help="A bundled or added model (`batchproc models list`), or a folder.")
+@models_option
+@device_option("What runs the models; if it cannot be had, that is an error.  [default: that of the run]", default=None)
+@click.option("--dry-run", is_flag=True, help="Say what there is to score and score nothing.")
 @where_to_run
-def classify(run: Path, model: str, where: Where, quiet: bool) -> int:
-    """Score the candidates of a run with another model; nothing that is finished is rewritten."""
+def classify(run: Path, models: tuple[str, ...], device: str | None, dry_run: bool, where: Where, quiet: bool) -> int:
+    """Score the candidates of a run with one or several models, in one pass over their stamps.
+
+    Nothing that is finished is rewritten: what only some of the models lack is scored by those, and the same command
+    again goes on where it was interrupted. The scores are columns score_MODEL of the catalogue (score_MODEL_CLASS of a
+    model of several classes).
+
+    Exit code 0: all scored; 1: a model failed, the others have scored; 2: nothing was started; 3: a fault.
+    """
     set_up(None, where)
     from batchproc import job
 
-    n = job.classify(run, model, cluster=where, quiet=quiet)
-    click.echo(f"{n} candidates scored" if n else "nothing to score: this model has scored all candidates")
-    return 0
+    if dry_run:
+        click.echo(tell_unscored(job.unscored(run, models, device=device)))
+        return 0
+    done = job.classify(run, models, device=device, cluster=where, quiet=quiet)
+    n, all_of_them = done.candidates, "these models have" if len(models) > 1 else "this model has"
+    if n or not done.problems:
+        click.echo(f"{n} candidates scored" if n else f"nothing to score: {all_of_them} scored all candidates")
+    for problem in done.problems:
+        complain(problem)
+    return done.exit_code
 
 
 @click.command(
@@ -206,38 +230,26 @@ def classify(run: Path, model: str, where: Where, quiet: bool) -> int:
     epilog=example("batchproc classify-alerts night.tar.gz --model realbogus --model braai-d6_m7 --out scores.parquet"),
 )
 @click.argument("alerts", type=click.Path(path_type=Path))
-@click.option(
-    "--model",
-    "models",
-    metavar="MODEL",
-    required=True,
-    multiple=True,
-    help="A bundled or added model (`batchproc models list`), or a folder; again for each more.",
-)
+@models_option
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The table: a .parquet file.")
-@click.option(
-    "--device",
-    type=click.Choice(["cpu", "gpu", "edgetpu"]),
-    default="cpu",
-    show_default=True,
-    help="What runs the models; if it cannot be had, that is an error.",
-)
+@device_option("What runs the models; if it cannot be had, that is an error.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads that a model may use.")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
-def classify_alerts(alerts: Path, models: tuple[str, ...], out: Path, device: str, threads: int, quiet: bool) -> int:
-    """Score ZTF's alert packets with one or several models, in one pass, into one table.
+@where_to_run
+def classify_alerts(
+    alerts: Path, models: tuple[str, ...], out: Path, device: str, threads: int, where: Where, quiet: bool
+) -> int:
+    """Score alert packets of ZTF or Rubin with one or several models, in one pass, into one table.
 
-    ALERTS is an .avro file, a folder with such files in it, or a .tar, .tar.gz or .tgz of them (needs the extra
+    ALERTS is an .avro file, a .tar, .tar.gz or .tgz of such files, or a folder with any of these in it (needs the extra
     'alerts'). The table has a row for each alert: candid, object, measurements, a column score_MODEL for each model
-    (NaN: not scored), and what is wrong with a packet. It has its name once it is complete.
+    (NaN: not scored), and what is wrong with a packet. It has its name once it is complete; until then its parts lie
+    beside it, and the same command again goes on from them.
 
-    Exit code 0: all scored; 1: some could not be; 2: nothing was started.
+    Exit code 0: all scored; 1: some could not be; 2: nothing was started; 3: a fault.
     """
-    from batchproc.distribute.clusters import Where
-
-    set_up(None, Where("serial"))
+    set_up(None, where)
     from batchproc.packets import score_packets
 
-    scored = score_packets(alerts, models, out, device=device, threads=threads, quiet=quiet)
+    scored = score_packets(alerts, models, out, device=device, threads=threads, cluster=where, quiet=quiet)
     click.echo(f"{scored.text()}\n{out}")
     return scored.exit_code

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from batchproc.distribute.plan import Plan
     from batchproc.distribute.prediction import Fit
     from batchproc.io.status import Driver, Status, Submitted
-    from batchproc.job import RunSummary
+    from batchproc.job import RunSummary, Unscored
 
-__all__ = ["tell_plan", "tell_run", "tell_status", "tell_submitted"]
+__all__ = ["tell_plan", "tell_run", "tell_status", "tell_submitted", "tell_unscored"]
 
 
 def tell_run(summary: RunSummary) -> str:
@@ -153,3 +153,11 @@ def _counted(n: int, what: str) -> str:
 def _number(value: float) -> str:
     """'0.0123', '12.3', '1,230'."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def tell_unscored(found: Unscored) -> str:
+    """What `classify` would do, a line a model."""
+    lines = [f"{found.candidates} candidates"]
+    for name, n in found.lacking.items():
+        lines.append(f"{name}: {n} to score" if n else f"{name}: has scored all")
+    return "\n".join(lines)

@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
 from batchproc.completeness.sample import Sample
 from batchproc.completeness.verdicts import Summary
+from batchproc.drawing import COLOURS, GREY, png
 
 __all__ = ["draw"]
 
-_INK, _GREY, _BLUE, _ORANGE = "#222222", "#8a8a8a", "#2f6db3", "#c8641e"
-_STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _GREY,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e6e6e6",
-    "legend.frameon": False,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-}
+_BLUE, _ORANGE = COLOURS[:2]
 
 
 def draw(summary: Summary, samples: Sequence[Sample]) -> bytes:
     """A PNG of six panels; the same bytes for the same numbers."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(12.0, 6.8), layout="constrained", dpi=110)
-        FigureCanvasAgg(figure)
+
+    def panels(figure: Figure) -> None:
         axes = figure.subplots(2, 3).ravel()
         _completeness(axes[0], summary)
         _alarms(axes[1], summary)
@@ -44,9 +29,8 @@ def draw(summary: Summary, samples: Sequence[Sample]) -> bytes:
         _pulls(axes[3], samples)
         _fluxes(axes[4], summary)
         _positions(axes[5], summary)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+
+    return png(panels, (12.0, 6.8), dpi=110)
 
 
 def _completeness(axis: Axes, summary: Summary) -> None:
@@ -72,8 +56,8 @@ def _alarms(axis: Axes, summary: Summary) -> None:
         high = np.maximum(np.minimum(high, 10.0), ratio)
         colour = _BLUE if sign > 0 else _ORANGE
         axis.errorbar(x, ratio, [ratio - low, high - ratio], fmt=marker, ms=5, color=colour, lw=1, label=label)
-    axis.axhspan(1 / 1.5, 1.5, color=_GREY, alpha=0.15, lw=0)
-    axis.axhline(1, color=_GREY, lw=0.8)
+    axis.axhspan(1 / 1.5, 1.5, color=GREY, alpha=0.15, lw=0)
+    axis.axhline(1, color=GREY, lw=0.8)
     top = max([3.0, *(1.2 * r.ratio for r in summary.rates if np.isfinite(r.ratio))])
     axis.set(title="false alarms over those of Gaussian fields", xlabel="threshold (σ)", ylim=(0, top), ylabel="ratio")
     axis.legend(loc="upper left")
@@ -81,7 +65,7 @@ def _alarms(axis: Axes, summary: Summary) -> None:
 
 def _noise(axis: Axes, summary: Summary) -> None:
     values = list(summary.skies.values())
-    axis.axhspan(0.99, 1.01, color=_GREY, alpha=0.15, lw=0)
+    axis.axhspan(0.99, 1.01, color=GREY, alpha=0.15, lw=0)
     rms, error = np.array([v["rms"] for v in values]), np.array([v["error"] for v in values])
     axis.errorbar(np.arange(len(values)), rms, error, fmt="o", ms=4, color=_BLUE, lw=1)
     axis.set_xticks(np.arange(len(values)), list(summary.skies))
@@ -106,10 +90,10 @@ def _fluxes(axis: Axes, summary: Summary) -> None:
     middle = np.array([(b.low + b.high) / 2 for b in bins])
     n = np.array([b.n for b in bins])
     width, mean = np.array([b.pull_width for b in bins]), np.array([b.pull_mean for b in bins])
-    axis.axhspan(0.95, 1.05, color=_GREY, alpha=0.15, lw=0)
+    axis.axhspan(0.95, 1.05, color=GREY, alpha=0.15, lw=0)
     axis.errorbar(middle, width, width / np.sqrt(1.4 * n), fmt="o", ms=4, color=_BLUE, lw=1, label="width")
     axis.errorbar(middle + 0.1, mean, width / np.sqrt(n), fmt="s", ms=3.5, color=_ORANGE, lw=1, label="mean")
-    axis.axhline(0, color=_GREY, lw=0.8)
+    axis.axhline(0, color=GREY, lw=0.8)
     axis.set(title="the same by S/N", xlabel="expected S/N", ylabel="of the pulls", ylim=(-0.8, 1.8))
     axis.legend(loc="lower left", ncols=2)
 
@@ -121,6 +105,6 @@ def _positions(axis: Axes, summary: Summary) -> None:
         ratio = np.array([getattr(b, f"position_{name}") for b in bins])
         error = ratio / np.sqrt(1.2 * np.array([b.found for b in bins]))
         axis.errorbar(middle + shift, ratio, error, fmt="o", ms=4, color=colour, lw=1, label=name)
-    axis.axhline(1, color=_GREY, lw=0.8)
+    axis.axhline(1, color=GREY, lw=0.8)
     axis.set(title="position errors of those found", xlabel="expected S/N", ylabel="scatter / bound", ylim=(0, 2))
     axis.legend(loc="upper right", ncols=2)

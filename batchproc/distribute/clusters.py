@@ -12,7 +12,7 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +139,7 @@ def open_executor(
     tasks: int = 10**9,
     large: int | None = None,
     folder: Path | None = None,
+    resources: Mapping[str, float] | None = None,
 ) -> Iterator[Executor]:
     """An executor for the time of a ``with`` block.
 
@@ -155,6 +156,8 @@ def open_executor(
     folder : path, optional
         Seen by the workers: what jobs print goes there, and for the time of the run the keys of TLS. By default
         ``~/.batchproc``.
+    resources : mapping, optional
+        What each process of a local cluster offers; other workers say so themselves.
 
     Raises
     ------
@@ -168,7 +171,7 @@ def open_executor(
         return
     with ExitStack() as stack:
         if site is None:
-            client = stack.enter_context(_local_client(where.workers, threads, tasks, large))
+            client = stack.enter_context(_local_client(where.workers, threads, tasks, large, resources))
             executor = DaskExecutor(client, patience=_PATIENCE_S)
         elif site.system == "address":
             executor = DaskExecutor(stack.enter_context(_remote_client(site)))
@@ -267,7 +270,9 @@ def _local_memory(processes: int, large: int | None) -> int:
 
 
 @contextmanager
-def _local_client(workers: int | None, threads: int, tasks: int, large: int | None) -> Iterator[Client]:
+def _local_client(
+    workers: int | None, threads: int, tasks: int, large: int | None, resources: Mapping[str, float] | None
+) -> Iterator[Client]:
     import dask
     from distributed import Client, LocalCluster
 
@@ -285,6 +290,7 @@ def _local_client(workers: int | None, threads: int, tasks: int, large: int | No
                 host="127.0.0.1",
                 dashboard_address="127.0.0.1:8787",
                 silence_logs=logging.CRITICAL,
+                resources=dict(resources or {}),
             ) as cluster,
             Client(cluster) as client,
         ):

@@ -287,6 +287,15 @@ def _gone(error: object) -> ClusterError:
     return ClusterError(f"the Dask scheduler is gone ({error}); what was done is kept: run again to go on")
 
 
+def _wait(executor: Executor, idle: tuple[Callable[[], None], float] | None) -> list[tuple[Hashable, Outcome]]:
+    if idle is None:
+        return executor.wait()
+    look, every = idle
+    while not (finished := executor.wait(every)):
+        look()
+    return finished
+
+
 def sliding(
     executor: Executor,
     function: Callable[[Item], Any],
@@ -294,6 +303,7 @@ def sliding(
     window: int | None = None,
     *,
     resources: Mapping[str, float] | None = None,
+    idle: tuple[Callable[[], None], float] | None = None,
 ) -> Iterator[tuple[Item, Outcome]]:
     """Map a function over items, with a bounded number of calls under way: yields (item, outcome) as they finish.
 
@@ -310,6 +320,8 @@ def sliding(
         By default two for each worker, so that none waits for the driver.
     resources : mapping, optional
         What a worker must have for it.
+    idle : (callable, float), optional
+        What is called while nothing finishes, every so many seconds.
     """
     remaining = iter(items)
     waiting: dict[Hashable, Item] = {}
@@ -321,7 +333,7 @@ def sliding(
     try:
         fill()
         while waiting:
-            for ticket, outcome in executor.wait():
+            for ticket, outcome in _wait(executor, idle):
                 item = waiting.pop(ticket)
                 fill()
                 yield item, outcome

@@ -21,6 +21,7 @@ from batchproc.config import Config
 from batchproc.distribute.clusters import Where, expected_workers
 from batchproc.distribute.order import images_a_task
 from batchproc.distribute.prediction import Fit, Prediction, fit, predict_image, tile_bytes
+from batchproc.distribute.scoring import images_of_a_chunk
 from batchproc.distribute.tiles import tiles_under_way
 from batchproc.io.fitsfile import split_hdu
 from batchproc.io.packs import PACK_IMAGES
@@ -41,7 +42,7 @@ _COMPRESSION = 3.4  # of stamps rounded to 1/16 of the noise
 _ROW_BYTES = 300
 _PACK_LEAST = 20  # images that are rolled up into a pack of their own at the end of a run
 _FILES = 5  # of a pack, and of an image that is in none: rows, marker, a folder of stamps with two files
-_SCORE_IMAGES = 50  # to a file of scores
+_SCORE_IMAGES = 50  # to a file of scores, in short runs
 _RUN_FILES = 16  # of the run itself: manifest, settings, log, report, folders
 _WORTH_SPREADING = 2**24  # pixels of an image: a smaller one is subtracted in two seconds
 
@@ -163,7 +164,7 @@ def plan_run(
         missing_files=sum(size is None for size in sizes.values()),
         bytes_in=_bytes_in(sample, sizes) * len(todo),
         bytes_out=(_bytes_out(folder) or _guessed_bytes(receipts, config)) * len(todo),
-        files_out=_files_out(len(todo), scored=bool(config.classify.model)),
+        files_out=_files_out(len(todo), models=len(config.classify.models)),
         need=largest_need(todo, sizes),
         measured=len(warm),
         seconds_per_image=_mean([sum(r.seconds.values()) for r in warm]),
@@ -281,13 +282,14 @@ def _bytes_out(folder: RunFolder) -> float:
     return n_bytes / max(images, 1)
 
 
-def _files_out(images: int, *, scored: bool) -> int:
+def _files_out(images: int, *, models: int) -> int:
     """Files and folders that so many images leave behind."""
     if not images:
         return 0
     packs, rest = divmod(images, PACK_IMAGES)
     kept = packs + (1 if rest >= _PACK_LEAST else rest)
-    return _RUN_FILES + _FILES * kept + (1 + math.ceil(images / _SCORE_IMAGES) if scored else 0)
+    scored_together = max(_SCORE_IMAGES, images_of_a_chunk(images, models))
+    return _RUN_FILES + _FILES * kept + models * (1 + math.ceil(images / scored_together))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,4 +1,4 @@
-"""What runs on a worker: images, or one chunk of stamps. In: a path and ids. Out: files, and short receipts.
+"""What runs on a worker: images. In: a path and ids. Out: files, and short receipts.
 
 A task owns the files that carry the ids of its images. It writes them whole or not at all, the done-marker last, so
 that it may be killed at any moment, or run twice.
@@ -12,11 +12,10 @@ import resource
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,6 @@ from batchproc.distribute.transient import is_transient
 from batchproc.distribute.watchdog import time_limit, time_limit_here
 from batchproc.errors import CrashError, ExposureError, MemoryLimitError, StorageError, TimeLimitError
 from batchproc.io.atomic import our_disk, part_name
-from batchproc.io.index import Place
 from batchproc.io.run_folder import RunFolder
 from batchproc.records import ManifestEntry, Receipt
 
@@ -40,11 +38,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer",
-    "Chunk",
     "Job",
-    "classify_chunk",
     "overdue_note",
     "pack_images",
+    "prepare",
     "process_image",
     "process_trial",
     "under_way_file",
@@ -113,34 +110,6 @@ class Answer:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Whole images whose candidates are scored by one task, into one file."""
-
-    places: tuple[Place, ...]
-
-    @property
-    def n_candidates(self) -> int:
-        """In all of its images."""
-        return sum(place.n for place in self.places)
-
-    @property
-    def name(self) -> str:
-        """Of its file: made of its images."""
-        return sha256("\n".join(place.image_id for place in self.places).encode()).hexdigest()[:32]
-
-    def pieces(self, size: int = 4096) -> Iterator[list[Place]]:
-        """Images whose stamps are in memory at a time: of about `size` candidates (200 MB of stamps)."""
-        some: list[Place] = []
-        for place in self.places:
-            if some and sum(one.n for one in some) + place.n > size:
-                yield some
-                some = []
-            some.append(place)
-        if some:
-            yield some
-
-
 def process_trial(job: Job, process: Process, trial: Trial) -> Answer:
     """Process the images of a trial one after the other.
 
@@ -177,7 +146,7 @@ def process_image(job: Job, process: Process, entry: ManifestEntry) -> Receipt:
     from batchproc.io.staging import staged
     from batchproc.io.store import store_image, stored_receipt
 
-    folder, config = _prepare(job)
+    folder, config = prepare(job)
     before = stored_receipt(folder, entry, config.image_digest)
     if before is not None:
         return before
@@ -189,7 +158,7 @@ def process_image(job: Job, process: Process, entry: ManifestEntry) -> Receipt:
             if job.spread == "tiles":
                 from batchproc.distribute.tiles import TileMap
 
-                map_tiles = TileMap(partial(_prepare, job))
+                map_tiles = TileMap(partial(prepare, job))
                 result = process(local, config, map_tiles=map_tiles)
                 cpu -= map_tiles.cpu_elsewhere
             else:
@@ -231,30 +200,6 @@ def overdue_note(folder: RunFolder, image_id: str) -> Path:
 def under_way_file(folder: RunFolder) -> Path:
     """Which image a driver works on that works by itself."""
     return folder.log / "under_way"
-
-
-def classify_chunk(job: Job, model: Any, chunk: Chunk) -> int:
-    """Score the candidates of a chunk of images with a model; returns how many got a score."""
-    import numpy as np
-
-    from batchproc.io.catalogue import read_rows, write_scores
-    from batchproc.io.stamps import read_stamps_of
-
-    folder, config = _prepare(job)
-    features = list(model.card.input.features)
-    names, images, scores = [], [], []
-    for places in chunk.pieces():
-        rows = read_rows(folder, places, ["candidate_id", "image_id", *features])
-        table = np.column_stack([rows[name].to_numpy() for name in features]) if features else None
-        found = model.predict(read_stamps_of(folder, places), table, batch=config.classify.batch)
-        scores.append(np.asarray(found, np.float32))
-        names += rows["candidate_id"].to_pylist()
-        images += rows["image_id"].to_pylist()
-    joined = np.concatenate(scores)
-    path = folder.scores_of(model.name) / f"{chunk.name}.parquet"
-    with our_disk(folder.path):
-        write_scores(path, np.array(images, object), np.array(names, object), joined, model)
-    return int(np.isfinite(joined.reshape(len(joined), -1)).all(axis=1).sum())
 
 
 def _process_here(job: Job, process: Process, entry: ManifestEntry, trial: Trial) -> Receipt:
@@ -302,7 +247,7 @@ def _ended(entry: ManifestEntry, mishap: Mishap, error: ExposureError, cpu: floa
     return _failed(entry, mishap, error, cpu, stage=error.stage, metadata=metadata, traceback=words)
 
 
-def _prepare(job: Job) -> tuple[RunFolder, Config]:
+def prepare(job: Job) -> tuple[RunFolder, Config]:
     """Once in the life of a process and a run: its settings, FFTW's frozen plans, threads, memory."""
     with _preparing:  # a thread must not plan while another one takes the wisdom over
         return _prepare_once(replace(job, campaign=""))
@@ -325,9 +270,8 @@ def _prepare_once(job: Job) -> tuple[RunFolder, Config]:
 
 @lru_cache(maxsize=1)
 def _models(job: Job) -> Mapping[str, str]:
-    """Name → hash of the model that the run scores with."""
-    model = RunFolder(Path(job.run)).read_record().get("model")
-    return {model["name"]: model["hash"]} if model else {}
+    """Name → hash of the models that the run scores with."""
+    return RunFolder(Path(job.run)).models()
 
 
 def _short(receipt: Receipt) -> Receipt:

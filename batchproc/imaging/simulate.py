@@ -71,9 +71,11 @@ class Scene:
     beta: float | None = 3.5
     """Moffat exponent of both PSFs; None for Gaussians."""
     axis_ratio: float = 1.0
-    """Minor over major axis of new's PSF (ref's is round)."""
+    """Minor over major axis of new's PSF."""
+    axis_ratio_ref: float = 1.0
+    """That of ref's."""
     theta: float = 30.0
-    """Its angle, degrees from x towards y."""
+    """Angle of the major axis of both, degrees from x towards y."""
     psf_variation: float = 0.0
     """See `ParametricPsf.variation`; the same in both images."""
     psf_waves: float = 0.0
@@ -640,7 +642,9 @@ def scene_psfs(
         waves=scene.psf_waves,
         halo=scene.halo,
     )
-    ref = replace(new, fwhm=scene.fwhm_ref, axis_ratio=1.0, size=0, shape=shape_ref or shape, phase=2.0)
+    ref = replace(
+        new, fwhm=scene.fwhm_ref, axis_ratio=scene.axis_ratio_ref, size=0, shape=shape_ref or shape, phase=2.0
+    )
     if scene.brighter_fatter:
         # Sources are painted in electrons of new; ref's own are fewer by the flux ratio.
         full = scene.brighter_fatter / scene.saturation

@@ -13,7 +13,9 @@ from batchproc.errors import ModelError
 from batchproc.io.cards import CARD, InputCard, ModelCard
 from batchproc.io.keras import read_sequential
 from batchproc.io.keras_to_onnx import to_onnx
-from batchproc.io.models import add_model, file_hash
+from batchproc.io.model_checks import add_model
+from batchproc.io.models import file_hash
+from batchproc.io.tflite.files import LAYOUT, can_write, float_file
 
 __all__ = ["NETWORK", "VERSIONS", "add_braai"]
 
@@ -45,6 +47,8 @@ _ROLES = {"d6_m7": "; its score is the drb of ZTF's alert packets", "d6_m9": "; 
 def add_braai(weights: str | Path, name: str | None = None, *, normalisation: str | None = None) -> Path:
     """Make a model of braai's weights and add it to the user's folder of models; returns the model's path.
 
+    In ONNX, and where ai-edge-litert is installed in TFLite too (the variant ``float-tflite``).
+
     Parameters
     ----------
     weights : str or Path
@@ -65,7 +69,11 @@ def add_braai(weights: str | Path, name: str | None = None, *, normalisation: st
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "model.onnx").write_bytes(to_onnx(layers, (SIZE, SIZE, 3)))
-        card = _card(file_hash(weights), trained_with, file_hash(folder / "model.onnx"))
+        files = {"float": {"path": "model.onnx", "sha256": file_hash(folder / "model.onnx")}}
+        if can_write():
+            (folder / "model.tflite").write_bytes(float_file(folder / "model.onnx", LAYOUT))
+            files["float-tflite"] = {"path": "model.tflite", "sha256": file_hash(folder / "model.tflite")}
+        card = _card(file_hash(weights), trained_with, files)
         (folder / CARD).write_text(card.to_toml(), encoding="utf-8")
         return add_model(folder, name)
 
@@ -88,7 +96,7 @@ def _normalisation(weights: str | Path, given: str | None) -> str:
     return given
 
 
-def _card(weights_hash: str, normalisation: str, model_hash: str) -> ModelCard:
+def _card(weights_hash: str, normalisation: str, files: dict[str, dict[str, str]]) -> ModelCard:
     published, _ = VERSIONS.get(weights_hash, (None, None))
     version = published or f"sha256 {weights_hash[:12]}"
     return ModelCard(
@@ -101,13 +109,13 @@ def _card(weights_hash: str, normalisation: str, model_hash: str) -> ModelCard:
         input=InputCard(
             size=SIZE,
             normalisation=normalisation,
-            layout="NHWC",
+            layout=LAYOUT,
             # ZTF scores what the edge of an image has left of a stamp; a quarter is what a corner leaves.
             min_finite=0.25,
             truncated="corner",
             padding=1e-9,
         ),
-        files={"float": {"path": "model.onnx", "sha256": model_hash}},
+        files=files,
         meant_for={"survey": "ZTF", "pixel_scale_arcsec": (1.0, 1.02)},
         training={"source": SOURCE, "weights_sha256": weights_hash},
     )

@@ -25,14 +25,17 @@ SUFFIXES = (".onnx", ".tflite")
 
 @dataclass(frozen=True)
 class InputCard:
-    """What a model wants to see: the arguments of `batchproc.learning.inputs.to_tensor`, and features."""
+    """What a model wants to see: the arguments of `batchproc.learning.inputs.to_tensor`, and features.
+
+    A model of features alone has no channels: ``size = 0``, ``normalisation = "none"``, ``channels = []``.
+    """
 
     size: int
-    """Side in pixels."""
+    """Side in pixels; 0 for a model of features alone."""
     normalisation: str
     """A name in `batchproc.learning.inputs.NORMALISATIONS`."""
     channels: tuple[str, ...] = CHANNELS
-    """Channels in the model's order."""
+    """Channels in the model's order; none: it takes features alone."""
     layout: str = "NCHW"
     """Order of the axes of its input."""
     min_finite: float = 0.5
@@ -80,8 +83,10 @@ class ModelCard:
     """Ranges: ``fwhm_pix``, ``pixel_scale_arcsec``."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Data, seeds, sizes."""
-    quantisation: Mapping[str, Any] = field(default_factory=dict)
-    """How, and its agreement with float."""
+    quantisation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Quantised variant → how, and its agreement with float on stamps that it was not calibrated on."""
+    speed: Mapping[str, Any] = field(default_factory=dict)
+    """Variant → stamps a second of CPU time on one thread, normalisation included; ``cpu`` → measured on which."""
     metrics: tuple[Mapping[str, Any], ...] = ()
     """On images it has not seen: one table a data set, each with its prevalence and intervals."""
 
@@ -109,6 +114,8 @@ def read_card(folder: str | Path) -> ModelCard:
         raise ModelError(f"{path}: not valid TOML: {error}") from error
     if isinstance(values.get("input"), dict):
         values["input"] = _build(InputCard, values["input"], f"{path}: [input]")
+    if values.get("quantisation") and not all(isinstance(table, dict) for table in values["quantisation"].values()):
+        values["quantisation"] = {"int8": values["quantisation"]}  # cards from before there were several
     card = _build(ModelCard, values, str(path))
     check_card(card, path)
     return card
@@ -142,11 +149,15 @@ def _problems(card: ModelCard) -> Iterator[str]:
         yield "[input] must be a table"
         return
     wanted = card.input
-    if not isinstance(wanted.size, int) or wanted.size < 1:
-        yield f"input.size = {wanted.size!r}: must be a whole number of pixels"
+    if not wanted.channels and not wanted.features:
+        yield "input.channels and input.features are both empty: what does the model look at?"
+    least = 1 if wanted.channels else 0
+    if not isinstance(wanted.size, int) or wanted.size < least or (wanted.size and not wanted.channels):
+        expected = "a whole number of pixels" if wanted.channels else "0 where there are no channels"
+        yield f"input.size = {wanted.size!r}: must be {expected}"
     if wanted.normalisation not in NORMALISATIONS:
         yield f"input.normalisation = {wanted.normalisation!r}; known: {', '.join(NORMALISATIONS)}"
-    if not wanted.channels or not set(wanted.channels) <= set(CHANNELS):
+    if not set(wanted.channels) <= set(CHANNELS):
         yield f"input.channels = {list(wanted.channels)}; known: {', '.join(CHANNELS)}"
     if wanted.layout not in LAYOUTS:
         yield f"input.layout = {wanted.layout!r}; known: {', '.join(LAYOUTS)}"

@@ -39,6 +39,7 @@ __all__ = [
     "make_rows",
     "open_catalogue",
     "read_place",
+    "scored_by",
     "scored_images",
     "scores_digest",
     "scores_schema",
@@ -166,7 +167,11 @@ def open_catalogue(
 
 
 def write_scores(
-    path: Path, image_ids: NDArray, candidate_ids: NDArray, scores: NDArray[np.float32], model: Any
+    path: Path,
+    image_ids: NDArray | pa.ChunkedArray,
+    candidate_ids: NDArray | pa.ChunkedArray,
+    scores: NDArray[np.float32],
+    model: Any,
 ) -> None:
     """Write the scores of a chunk of candidates, whole or not at all.
 
@@ -174,7 +179,7 @@ def write_scores(
     ----------
     path : Path
         In ``RUN/scores/MODEL/``.
-    image_ids, candidate_ids : ndarray (n,)
+    image_ids, candidate_ids : ndarray (n,) or pyarrow.ChunkedArray
         Of each candidate; every image is there with all its candidates.
     scores : ndarray (n,) or (n, n_classes) float32
         NaN: not scored.
@@ -189,10 +194,14 @@ def write_scores(
         "version": str(model.version),
         "hash": model.hash,
         "normalisation": str(model.normalisation),
-        "images": json.dumps(list(dict.fromkeys(image_ids))),
+        "images": json.dumps(pc.unique(_texts(image_ids)).to_pylist()),
     }
-    names = {"candidate_id": pa.array(candidate_ids, pa.string()), "image_id": pa.array(image_ids, pa.string())}
+    names = {"candidate_id": _texts(candidate_ids), "image_id": _texts(image_ids)}
     _write_scores(path, pa.table({**names, **by_name}, pa.schema(fields, metadata)))
+
+
+def _texts(values: NDArray | pa.ChunkedArray) -> pa.ChunkedArray:
+    return values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([pa.array(values, pa.string())])
 
 
 def _write_scores(path: Path, table: pa.Table) -> None:
@@ -229,6 +238,11 @@ def scored_images(folder: RunFolder, model: Any) -> set[str]:
             )
         images |= set(json.loads(metadata["images"]))
     return images
+
+
+def scored_by(folder: RunFolder) -> list[str]:
+    """Folders of scores that have some: one a model."""
+    return [path.name for path in sorted(folder.scores.glob("*/")) if _score_parts(path)]
 
 
 def forget_scores(folder: RunFolder, image_ids: Collection[str]) -> None:

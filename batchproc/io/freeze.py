@@ -104,7 +104,7 @@ def freeze(
     config: Config,
     wisdom: Callable[[], str],
     *,
-    model: Any = None,
+    models: Sequence[Any] = (),
     extend: bool = False,
     redo: bool = False,
 ) -> Changes:
@@ -118,8 +118,8 @@ def freeze(
     config : Config
     wisdom : callable
         Returns FFTW's wisdom as text; called once in the life of the run.
-    model : Model, optional
-        What the run scores with: its name and hash.
+    models : sequence of Model
+        What the run scores with: their names and hashes.
     extend : bool
         Accept new images.
     redo : bool
@@ -142,13 +142,13 @@ def freeze(
     """
     with our_disk(folder.path):
         if not folder.record.is_file():
-            _begin(folder, entries, config, wisdom, model, redo)
+            _begin(folder, entries, config, wisdom, models, redo)
             return Changes()
         complete_change(folder)
-        found = check(folder, entries, config, model=model, extend=extend, redo=redo)
+        found = check(folder, entries, config, models=models, extend=extend, redo=redo)
         if found:
             _keep_wisdom(folder, wisdom)
-            _change(folder, entries, config, model)
+            _change(folder, entries, config, models)
         else:
             _mend(folder, entries, config, wisdom)
         return found
@@ -159,12 +159,12 @@ def check(
     entries: Sequence[ManifestEntry],
     config: Config,
     *,
-    model: Any = None,
+    models: Sequence[Any] = (),
     extend: bool = False,
     redo: bool = False,
 ) -> Changes:
     """How a run would change; raises `RunMismatchError` where that is not accepted. Writes nothing."""
-    found = find_changes(folder, entries, config, model)
+    found = find_changes(folder, entries, config, models)
     if found.gone and len(found.gone) == len(folder.image_ids()):
         raise RunMismatchError(
             f"{folder.path} was begun with other images: none of its {len(found.gone)} is in this manifest, which "
@@ -185,10 +185,12 @@ def check(
     )
 
 
-def find_changes(folder: RunFolder, entries: Sequence[ManifestEntry], config: Config, model: Any = None) -> Changes:
+def find_changes(
+    folder: RunFolder, entries: Sequence[ManifestEntry], config: Config, models: Sequence[Any] = ()
+) -> Changes:
     """How what is asked for differs from what a run was begun with, and how many done images that concerns."""
     record = folder.read_record()
-    settings = _settings_changes(folder, record, config, model)
+    settings = _settings_changes(folder, record, config, models)
     new: list[str] = []
     gone: list[str] = []
     changed: list[str] = []
@@ -259,7 +261,7 @@ def _begin(
     entries: Sequence[ManifestEntry],
     config: Config,
     wisdom: Callable[[], str],
-    model: Any,
+    models: Sequence[Any],
     redo: bool,
 ) -> None:
     strangers = [p.name for p in folder.path.iterdir() if p.name not in _OWN] if folder.path.is_dir() else []
@@ -281,15 +283,15 @@ def _begin(
     remove(folder.next)  # a change of what was lost with run.json
     _write_inputs(folder, entries, config)
     write_text(folder.wisdom_file, wisdom())
-    _write_record(folder, {"id": uuid.uuid4().hex, "begun": _now()} | _identity(entries, config, model))
+    _write_record(folder, {"id": uuid.uuid4().hex, "begun": _now()} | _identity(entries, config, models))
 
 
-def _change(folder: RunFolder, entries: Sequence[ManifestEntry], config: Config, model: Any) -> None:
+def _change(folder: RunFolder, entries: Sequence[ManifestEntry], config: Config, models: Sequence[Any]) -> None:
     with replacing(folder.next) as temporary:
         coming = RunFolder(temporary)
         coming.path.mkdir()
         _write_inputs(coming, entries, config)
-        _write_record(coming, folder.read_record() | _identity(entries, config, model), folder.wisdom_file)
+        _write_record(coming, folder.read_record() | _identity(entries, config, models), folder.wisdom_file)
     complete_change(folder)
 
 
@@ -340,7 +342,7 @@ def _frozen(folder: RunFolder) -> tuple[Path, ...]:
     return folder.manifest, folder.config_file, folder.wisdom_file
 
 
-def _identity(entries: Sequence[ManifestEntry], config: Config, model: Any) -> dict[str, Any]:
+def _identity(entries: Sequence[ManifestEntry], config: Config, models: Sequence[Any]) -> dict[str, Any]:
     """What tells two runs apart, as it stands in run.json."""
     return {
         "version": batchproc.__version__,
@@ -349,7 +351,7 @@ def _identity(entries: Sequence[ManifestEntry], config: Config, model: Any) -> d
         "manifest_digest": manifest_digest(entries),
         "config_digest": config.digest,
         "image_digest": config.image_digest,
-        "model": None if model is None else {"name": model.name, "hash": model.hash},
+        "models": {model.name: model.hash for model in models},
         "software": dict(software()),
     }
 
@@ -370,12 +372,13 @@ def _forget_what_changes(folder: RunFolder, coming: RunFolder) -> None:
     old, new = folder.entry_digests(), coming.entry_digests()
     same = all(before.get(key) == now[key] for key in ("image_digest", "version"))
     forget(folder, [name for name, digest in old.items() if not same or new.get(name) != digest])
-    was, scores_with = before.get("model"), now["model"]
-    if was and scores_with and was["name"] == scores_with["name"] and was["hash"] != scores_with["hash"]:
-        remove(folder.scores_of(was["name"]))
+    was = folder.models()
+    for name, digest in coming.models().items():
+        if was.get(name, digest) != digest:
+            remove(folder.scores_of(name))
 
 
-def _settings_changes(folder: RunFolder, record: Mapping[str, Any], config: Config, model: Any) -> list[str]:
+def _settings_changes(folder: RunFolder, record: Mapping[str, Any], config: Config, models: Sequence[Any]) -> list[str]:
     if record["version"] != batchproc.__version__:
         was = record["version"]
         return [
@@ -387,9 +390,11 @@ def _settings_changes(folder: RunFolder, record: Mapping[str, Any], config: Conf
         before, after = _flat(folder.config().to_dict()), _flat(config.to_dict())
         changes = [f"{key} was {before[key]!r}, now {after[key]!r}" for key in before if before[key] != after[key]]
         changes = changes or [f"{folder.config_file} was altered after the run was begun"]
-    was = record.get("model")
-    if was and model is not None and was["name"] == model.name and was["hash"] != model.hash:
-        changes.append(f"the model {model.name} was {was['hash'][:12]}, now {model.hash[:12]}")
+    before_models = folder.models()
+    for model in models:
+        digest = before_models.get(model.name, model.hash)
+        if digest != model.hash:
+            changes.append(f"the model {model.name} was {digest[:12]}, now {model.hash[:12]}")
     return changes
 
 

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -30,6 +30,7 @@ from batchproc.io.markers import MARKER_SCHEMA, marker_row, read_marker
 from batchproc.io.run_folder import RunFolder
 
 __all__ = [
+    "CHUNK_ROWS",
     "PACK",
     "PACK_SCHEMA",
     "Done",
@@ -41,6 +42,7 @@ __all__ = [
     "iter_markers",
     "loose_names",
     "pack_names",
+    "parts_of",
     "read_index",
     "read_moving",
     "results_digest",
@@ -48,6 +50,8 @@ __all__ = [
 
 T = TypeVar("T")
 
+#: Stamps in an inner chunk of a store: each image begins with one of its own.
+CHUNK_ROWS = 32
 #: Names of packs begin with it; no image's name does (`part_name` writes "@" in another way).
 PACK = "packed@"
 _ATTEMPTS = 50  # of a reader whom roll-ups overtake
@@ -92,6 +96,24 @@ class Place:
     def stamps(self, folder: RunFolder) -> Path:
         """The store with its stamps; for n = 0 there is none."""
         return folder.pack_stamps(self.pack) if self.pack else folder.stamps_part(self.image_id)
+
+
+def parts_of(places: Sequence[Place], parts: Sequence[slice] | None) -> Sequence[Place]:
+    """Where some of the candidates of each image lie: those of a slice that begins at a multiple of `CHUNK_ROWS`.
+
+    With None all of them.
+    """
+    if parts is None:
+        return places
+    return [
+        replace(
+            place,
+            n=min(part.stop, place.n) - part.start,
+            row=place.row + part.start,
+            chunk=place.chunk + part.start // CHUNK_ROWS,
+        )
+        for place, part in zip(places, parts, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +24,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from batchproc.errors import ModelError
-from batchproc.io.atomic import replacing
 from batchproc.io.backends import CPU, Backend, check_installed, open_backend, provider_for, read_bytes
-from batchproc.io.cards import CARD, InputCard, ModelCard, check_card, read_card
+from batchproc.io.cards import CARD, InputCard, ModelCard, read_card
+from batchproc.io.prepared import Prepared
 from batchproc.learning.inputs import CHANNELS
 
 __all__ = [
@@ -36,15 +34,16 @@ __all__ = [
     "InputCard",
     "Model",
     "ModelCard",
-    "add_model",
-    "check_model",
     "file_hash",
     "find_model",
     "list_models",
     "load_model",
     "models_folder",
     "read_card",
+    "refuse_bundled",
     "show_model",
+    "unfit",
+    "verified_file",
 ]
 
 _BUNDLED = Path(__file__).parent.parent / "models"
@@ -97,9 +96,18 @@ class Model:
         return self.card.classes
 
     @property
+    def takes_stamps(self) -> bool:
+        """Whether it looks at pixels; otherwise at features alone."""
+        return bool(self.card.input.channels)
+
+    @property
     def threshold(self) -> float:
         """Scores at or above it are taken for real."""
         return self.card.threshold
+
+    def open(self) -> None:
+        """Make its backend in this process, where it is not made yet; raises `ModelError` where it cannot be had."""
+        open_backend(self.file, self.hash, self.threads, self.provider)
 
     def predict(self, stamps: Any, features: ArrayLike | None = None, *, batch: int = 256) -> NDArray[np.float32]:
         """Score stamps.
@@ -108,7 +116,9 @@ class Model:
         ----------
         stamps : array_like (n, 3, h, w)
             New, reference, difference as the pipeline cuts them, un-normalised; NaN where there is no data. Read
-            `batch` rows at a time, so a lazy array (``open_stamps(RUN)``) never has to fit into memory.
+            `batch` rows at a time, so a lazy array (``open_stamps(RUN)``) never has to fit into memory. Not looked at,
+            and may be None, for a model of features alone (`takes_stamps`). A `Prepared` is taken whole, and keeps
+            the tensors made of it for the next model.
         features : array_like (n, k), optional
             The catalogue columns named on the card, for models that take any.
         batch : int
@@ -117,39 +127,50 @@ class Model:
         Returns
         -------
         ndarray (n,) float32, or (n, classes) where there are several
-            Probabilities. NaN: not scored, for too little of the stamp holds data.
+            Probabilities. NaN: not scored, for too little of the stamp holds data, or a feature is missing.
 
         Raises
         ------
         ModelError
             Stamps or features that do not fit the card, or a backend that cannot be had as asked.
         """
-        stamps = stamps if hasattr(stamps, "shape") else np.asarray(stamps)
-        self._check_stamps(stamps.shape)
-        table = self._check_features(features, stamps.shape[0])
-        scores = np.full((stamps.shape[0], len(self.classes)), np.nan, np.float32)
+        n: int | None = None
+        if self.takes_stamps:
+            stamps = stamps if hasattr(stamps, "shape") else np.asarray(stamps)
+            self._check_stamps(stamps.shape)
+            n = stamps.shape[0]
+        table = self._check_features(features, n)
+        n = len(np.asarray(table)) if n is None else n
+        scores = np.full((n, len(self.classes)), np.nan, np.float32)
         backend = open_backend(self.file, self.hash, self.threads, self.provider)
-        for start in range(0, len(scores), batch):
-            rows = slice(start, start + batch)
-            scores[rows] = self._score(backend, np.asarray(stamps[rows]), None if table is None else table[rows])
+        whole = isinstance(stamps, Prepared)
+        for start in range(0, n, max(n, 1) if whole else batch):
+            rows = slice(start, n if whole else start + batch)
+            some = None
+            if self.takes_stamps:
+                some = stamps if whole else Prepared(np.asarray(stamps[rows]))
+            scores[rows] = self._score(backend, some, None if table is None else table[rows])
         return scores[:, 0] if len(self.classes) == 1 else scores
 
     def _score(
-        self, backend: Backend, stamps: NDArray[np.floating], features: NDArray[np.float32] | None
+        self, backend: Backend, stamps: Prepared | None, features: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
-        tensor, scored = self.card.input_of(self.variant).prepare(stamps)
-        given = [tensor]
+        given, usable = [], []
+        if stamps is not None:
+            tensor, scored = stamps.tensor(self.card.input_of(self.variant))
+            given, usable = [tensor], [scored]
         if features is not None:
             complete = np.asarray(np.all(np.isfinite(features), axis=1))
-            scored = scored & complete
             given.append(np.where(complete[:, None], features, np.float32(0.0)))
+            usable.append(complete)
+        n = len(given[0])
         out = backend.run(given)
-        if out.size != len(tensor) * len(self.classes):
+        if out.size != n * len(self.classes):
             raise ModelError(
-                f"{self.file}: answered {out.shape} to {len(tensor)} stamps; expected ({len(tensor)}, "
-                f"{len(self.classes)}) for the classes on its card: {', '.join(self.classes)}"
+                f"{self.file}: answered {out.shape} to {n} stamps; expected ({n}, {len(self.classes)}) for the "
+                f"classes on its card: {', '.join(self.classes)}"
             )
-        return np.where(scored[:, None], out.reshape(len(tensor), -1), np.float32(np.nan))
+        return np.where(np.all(usable, axis=0)[:, None], out.reshape(n, -1), np.float32(np.nan))
 
     def _check_stamps(self, shape: tuple[int, ...]) -> None:
         if len(shape) != 4 or shape[1] != len(CHANNELS):
@@ -164,18 +185,24 @@ class Model:
                 f"at least {least:.0%} must hold data. Cut larger stamps (cutouts.size), or take another model"
             )
 
-    def _check_features(self, features: ArrayLike | None, n: int) -> NDArray[np.float32] | None:
+    def _check_features(self, features: ArrayLike | None, n: int | None) -> NDArray[np.float32] | None:
+        """As float32; `n` rows of them, or any number for None."""
         names = self.card.input.features
         if not names:
             if features is not None:
                 raise ModelError(f"model {self.name} takes no features; leave them out")
             return None
+        rows = "n" if n is None else n
         if features is None:
-            raise ModelError(f"model {self.name} needs the features {', '.join(names)}: an array ({n}, {len(names)})")
-        table = np.asarray(features, dtype=np.float32)
-        if table.shape != (n, len(names)):
             raise ModelError(
-                f"model {self.name}: features of shape {table.shape}; expected ({n}, {len(names)}): {', '.join(names)}"
+                f"model {self.name} needs the features {', '.join(names)}: an array ({rows}, {len(names)})"
+            )
+        with np.errstate(over="ignore"):  # beyond float32 is infinite, and not scored
+            table = np.asarray(features).astype(np.float32)
+        if table.ndim != 2 or table.shape != (len(table) if n is None else n, len(names)):
+            raise ModelError(
+                f"model {self.name}: features of shape {table.shape}; expected ({rows}, {len(names)}): "
+                f"{', '.join(names)}"
             )
         return table
 
@@ -200,6 +227,15 @@ def list_models() -> dict[str, Path]:
             for card in sorted(place.glob(f"*/{CARD}")):
                 found.setdefault(card.parent.name, card.parent)
     return found
+
+
+def refuse_bundled(name: str) -> None:
+    """Raise `ModelError` for the name of a model that comes with batchproc: its folder is not the user's to change."""
+    if name in (card.parent.name for card in _BUNDLED.glob(f"*/{CARD}")):
+        raise ModelError(
+            f"model {name} comes with batchproc, and its folder is not written to. Make a copy of your own, and take "
+            f"that:\n  batchproc models add {name} --name my-{name}"
+        )
 
 
 def find_model(name_or_path: str | Path) -> Path:
@@ -253,15 +289,15 @@ def load_model(
     folder = find_model(name_or_path)
     card = read_card(folder)
     chosen = variant or (card.default_variant if provider else _variant_for(folder, card, device))
-    path, found = _verified(folder, card, chosen)
+    path, found = verified_file(folder, card, chosen)
     computes = provider or provider_for(path, device)
     if computes is None:
-        raise _unfit(folder, card, device)
+        raise unfit(folder, card, device)
     check_installed(path)
     return Model(card, str(path.resolve()), chosen, found, threads, computes)
 
 
-def _verified(folder: Path, card: ModelCard, variant: str) -> tuple[Path, str]:
+def verified_file(folder: Path, card: ModelCard, variant: str) -> tuple[Path, str]:
     """The file of a variant and its hash, which is the one on the card."""
     if variant not in card.files:
         raise ModelError(f"{folder / CARD}: no variant {variant!r}; there are: {', '.join(card.files)}")
@@ -280,10 +316,11 @@ def _variant_for(folder: Path, card: ModelCard, device: str) -> str:
     for variant in (card.default_variant, *card.files):
         if provider_for(folder / card.files[variant]["path"], device):
             return variant
-    raise _unfit(folder, card, device)
+    raise unfit(folder, card, device)
 
 
-def _unfit(folder: Path, card: ModelCard, device: str) -> ModelError:
+def unfit(folder: Path, card: ModelCard, device: str) -> ModelError:
+    """What to raise where no variant on the card runs on a device."""
     wanted = {
         "cpu": "an .onnx file, or a .tflite file that is not compiled for the Edge TPU",
         "gpu": "an .onnx file",
@@ -301,138 +338,7 @@ def file_hash(path: str | Path) -> str:
     return hashlib.sha256(read_bytes(path)).hexdigest()
 
 
-# --- What `batchproc models` does -------------------------------------------------------------------------------------
-
-
 def show_model(name_or_path: str | Path) -> str:
     """The card of a model as text, and where it lies."""
     folder = find_model(name_or_path)
     return f"# {folder}\n{read_card(folder).to_toml()}"
-
-
-def add_model(path: str | Path, name: str | None = None) -> Path:
-    """Copy a model folder into the user's folder of models, after checking it; returns the copy's path.
-
-    Parameters
-    ----------
-    path : str or Path
-        A folder with a card.
-    name : str, optional
-        What it shall be called; by default the name on its card. The copy's card says so.
-
-    Raises
-    ------
-    ModelError
-        No card, files that are not those on the card, a model that does not run, or a name that is taken.
-    """
-    source = Path(path)
-    if not (source / CARD).is_file():
-        raise ModelError(f"{source}: a model is a folder with a {CARD} and the files it names; no {CARD} here")
-    card = read_card(source)
-    card = replace(card, name=name or card.name)
-    check_card(card, source / CARD)
-    taken = list_models().get(card.name)
-    if taken is not None:
-        raise ModelError(f"there is a model {card.name!r} already ({taken}); give another name, or remove that folder")
-    check_model(source)
-    target = models_folder() / card.name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as temporary:
-        temporary.mkdir()
-        for file in card.files.values():
-            shutil.copyfile(source / file["path"], temporary / file["path"])
-        (temporary / CARD).write_text(card.to_toml())
-    return target
-
-
-def check_model(name_or_path: str | Path, device: str = "cpu") -> list[str]:
-    """Verify the hashes of a model's files, that each variant runs, gives probabilities, and leaves blanks unscored.
-
-    Parameters
-    ----------
-    name_or_path : str or Path
-    device : {"cpu", "gpu", "edgetpu"}
-        Variants that are not for it are not run. For an Edge TPU every TFLite file is also held against what its
-        compiler takes, and one that is compiled is run.
-
-    Returns
-    -------
-    list of str
-        What was found to hold, one line a variant and more where there is more to say.
-
-    Raises
-    ------
-    ModelError
-        The first thing that does not hold: nothing for this device among the variants is such a thing.
-    """
-    folder = find_model(name_or_path)
-    card = read_card(folder)
-    paths = {variant: _verified(folder, card, variant)[0] for variant in card.files}
-    lines = list(_edgetpu_verdicts(folder, card, paths)) if device == "edgetpu" else []
-    runnable = [variant for variant, path in paths.items() if provider_for(path, device)]
-    if not runnable and not lines:
-        raise _unfit(folder, card, device)
-    answers = {}
-    for variant, path in paths.items():
-        if variant in runnable:
-            model = load_model(folder, variant=variant, device=device)
-            answers[variant] = _try_out(model)
-            lines.append(f"{variant}: {path.name} is the file on the card, runs on {model.provider}")
-        elif device != "edgetpu":
-            lines.append(f"{variant}: {path.name} is the file on the card, is not for {device}: not run")
-    return [*lines, *_differences(answers)]
-
-
-def _try_out(model: Model) -> NDArray[np.float32]:
-    """Scores of the generated stamps that are not blank."""
-    scores = model.predict(*_specimens(model.card))
-    if not np.isnan(scores[-1]).all():
-        raise ModelError(f"{model.file}: a stamp without data got the score {scores[-1]}")
-    if not np.isfinite(scores[:-1]).all() or scores[:-1].min() < 0 or scores[:-1].max() > 1:
-        raise ModelError(
-            f"{model.file}: scores from {np.nanmin(scores[:-1])} to {np.nanmax(scores[:-1])}; expected "
-            f"probabilities (a model that answers logits needs a final sigmoid or softmax)"
-        )
-    return scores[:-1]
-
-
-def _differences(answers: dict[str, NDArray[np.float32]]) -> Iterator[str]:
-    reference = answers.get("float")
-    for variant, scores in answers.items():
-        if reference is not None and variant != "float":
-            worst = float(np.max(np.abs(scores - reference)))
-            yield f"{variant}: differs from float by at most {worst:.3f} on {len(scores)} generated stamps"
-
-
-def _edgetpu_verdicts(folder: Path, card: ModelCard, paths: dict[str, Path]) -> Iterator[str]:
-    """A line for each TFLite file; raises `ModelError` where none is for the Edge TPU."""
-    from batchproc.io.backends.edgetpu import inspect
-    from batchproc.io.backends.litert import load_runtime
-
-    files = {variant: path for variant, path in paths.items() if path.suffix == ".tflite"}
-    found = {v: inspect(str(path), read_bytes(path), load_runtime(path)) for v, path in files.items()}
-    if all(verdict.problems for verdict in found.values()):
-        told = "; ".join(f"{variant}: {verdict}" for variant, verdict in found.items()) or "no .tflite file"
-        raise ModelError(
-            f"{folder / CARD}: nothing for the Edge TPU: found {told}; expected int8 from end to end, batch 1, "
-            f"operators that it has. Quantise the model to full integers, or leave out those operators"
-        )
-    for variant, verdict in found.items():
-        yield f"{variant}: {files[variant].name} is {verdict}"
-    if not any(verdict.compiled for verdict in found.values()):
-        ready = next(files[variant] for variant, verdict in found.items() if not verdict.problems)
-        yield f"to run it there: edgetpu_compiler {ready}; then put what that writes on the card as a variant"
-
-
-def _specimens(card: ModelCard) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    """Generated stamps to try a model on: noise with and without a source, the last one blank."""
-    random = np.random.default_rng(0)
-    n, size = 32, card.input.size
-    stamps = random.normal(0.0, 1.0, (n + 1, 3, size, size)).astype(np.float32)
-    y, x = np.mgrid[:size, :size] - size // 2
-    source = np.exp(-(x**2 + y**2) / 4.0) * np.geomspace(1, 100, n)[:, None, None]
-    stamps[:n, 0] += source
-    stamps[:n, 2] += source
-    stamps[n] = np.nan
-    features = np.zeros((n + 1, len(card.input.features)), np.float32) if card.input.features else None
-    return stamps, features

@@ -1,30 +1,88 @@
-"""Static int8 versions of models, and how far they agree with float.
+"""8-bit versions of models: calibrated on some real stamps, held against float on others, refused where they harm.
 
-Needs the package ``onnx`` (extra ``train``); to run a quantised model needs nothing.
+Needs the packages ``onnx`` and, for TFLite, ``ai-edge-litert`` (extra ``quantise``).
 """
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from batchproc.errors import ModelError
+from batchproc.errors import ModelError, UsageError
 from batchproc.io.atomic import write_bytes, write_text
+from batchproc.io.backends import lacks_runtime, provider_for
 from batchproc.io.cards import CARD, ModelCard, read_card
-from batchproc.io.models import Model, file_hash, find_model, load_model
+from batchproc.io.cost import stamps_per_second
+from batchproc.io.models import Model, file_hash, find_model, load_model, refuse_bundled
+from batchproc.io.onnx_int8 import quantise_onnx
+from batchproc.io.tflite.files import LAYOUT, integer_file
+from batchproc.learning.evaluate import auc_pr
 
-__all__ = ["Agreement", "agreement", "quantise_model"]
+__all__ = ["FORMATS", "Agreement", "agreement", "quantise_model"]
 
-#: Stamps needed at least: activations are given the range that they took on these.
+#: Stamps needed at least, to calibrate on and to measure on.
 FEWEST_STAMPS = 64
-FILE = "model_int8.onnx"
+#: Stamps to calibrate on at most: ranges that they span hardly grow beyond.
+MOST_CALIBRATED = 1000
+#: Stamps that speed is measured on at most.
+MOST_TIMED = 512
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file that a model can be quantised to."""
+
+    variant: str
+    """What it is called on the card."""
+    file: str
+    method: str
+    make: Callable[[str, str, NDArray[np.float32]], bytes]
+    """From the file in float, its layout, and prepared stamps in that layout."""
+    layout: str | None = None
+    """Of its input; None: that of the file in float."""
+
+
+def _onnx(path: str, layout: str, tensor: NDArray[np.float32]) -> bytes:
+    return quantise_onnx(path, tensor)
+
+
+def _tflite(path: str, layout: str, tensor: NDArray[np.float32]) -> bytes:
+    return integer_file(path, layout, [_channels_last(tensor, layout)])
+
+
+def _edgetpu(path: str, layout: str, tensor: NDArray[np.float32]) -> bytes:
+    # Its compiler takes one stamp at a time, and one scale for a dense layer.
+    return integer_file(path, layout, [_channels_last(tensor, layout)], batch=1, dense_per_channel=False)
+
+
+def _channels_last(tensor: NDArray[np.float32], layout: str) -> NDArray[np.float32]:
+    return tensor if layout == LAYOUT else np.ascontiguousarray(tensor.transpose(0, 2, 3, 1))
+
+
+_WHOLE = "static, int8 from input to output, activations by minimum and maximum"
+#: By the name that `models quantise --format` takes.
+FORMATS = {
+    "onnx": Format(
+        "int8",
+        "model_int8.onnx",
+        "static, QDQ, int8 per channel, uint8 activations by minimum and maximum",
+        _onnx,
+    ),
+    "tflite": Format("int8-tflite", "model_int8.tflite", f"{_WHOLE}, weights per channel", _tflite, LAYOUT),
+    "edgetpu": Format(
+        "edgetpu",
+        "model_edgetpu.tflite",
+        f"{_WHOLE}, convolutions per channel, dense layers per tensor, batch 1, for edgetpu_compiler",
+        _edgetpu,
+        LAYOUT,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -36,132 +94,242 @@ class Agreement:
     mean_difference: float
     """Of the absolute values."""
     lost: int
-    """At or above the threshold in float, below it quantised."""
+    """At or above the threshold in float, below it quantised. Of several classes: those whose most probable one is
+    another; one class loses them, and another gains them."""
     gained: int
     """The reverse."""
+    auc_pr_float: float | None = None
+    """Where labels are known, at 1:1; of several classes, the mean over those that occur, each against the rest."""
+    auc_pr: float | None = None
+    """The same, quantised."""
+
+    def __str__(self) -> str:
+        told = (
+            f"largest difference {self.largest_difference:.3f}, mean {self.mean_difference:.4f} on {self.n_stamps} "
+            f"stamps; {self.lost} lost and {self.gained} gained at the threshold"
+        )
+        return told if self.auc_pr is None else f"{told}; AUC-PR {self.auc_pr:.4f}, in float {self.auc_pr_float:.4f}"
 
 
-def agreement(reference: NDArray[np.float32], scores: NDArray[np.float32], threshold: float) -> Agreement:
-    """Compare two sets of scores; stamps that either did not score are left out."""
-    both = np.isfinite(reference) & np.isfinite(scores)
-    a, b = reference[both], scores[both]
+def agreement(
+    reference: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    threshold: float,
+    labels: Sequence[str] | NDArray[np.str_] | None = None,
+    classes: Sequence[str] = ("real",),
+) -> Agreement:
+    """Compare two sets of scores ``(n,)`` or ``(n, classes)``; stamps that either did not score are left out.
+
+    Parameters
+    ----------
+    reference, scores : ndarray
+        In float, and quantised.
+    threshold : float
+        For one class.
+    labels : sequence of str, optional
+        What each stamp is; of one class, everything else is against it.
+    classes : sequence of str
+        The model's.
+    """
+    a, b = np.reshape(reference, (len(reference), -1)), np.reshape(scores, (len(scores), -1))
+    both = np.isfinite(a).all(axis=1) & np.isfinite(b).all(axis=1)
+    a, b = a[both], b[both]
     difference = np.abs(a - b)
+    if len(classes) > 1:
+        lost = gained = int(np.sum(a.argmax(axis=1) != b.argmax(axis=1)))
+    else:
+        lost, gained = int(np.sum((a >= threshold) & (b < threshold))), int(np.sum((a < threshold) & (b >= threshold)))
+    named = None if labels is None else np.asarray(labels)[both]
     return Agreement(
         n_stamps=len(a),
         largest_difference=float(difference.max(initial=0.0)),
         mean_difference=float(difference.mean()) if len(a) else float("nan"),
-        lost=int(np.sum((a >= threshold) & (b < threshold))),
-        gained=int(np.sum((a < threshold) & (b >= threshold))),
+        lost=lost,
+        gained=gained,
+        auc_pr_float=None if named is None else _mean_auc_pr(named, a, classes),
+        auc_pr=None if named is None else _mean_auc_pr(named, b, classes),
     )
 
 
-def quantise_model(name_or_path: str | Path, stamps: NDArray[np.floating], *, tolerance: float = 0.01) -> Agreement:
-    """Add an int8 variant to a model folder, calibrated on stamps, and write its agreement with float on the card.
+def _mean_auc_pr(labels: NDArray[np.str_], scores: NDArray[np.float32], classes: Sequence[str]) -> float | None:
+    """None where no class stands against another; stamps with an empty label are not counted."""
+    known = labels != ""
+    labels, scores = labels[known], scores[known]
+    found = [
+        auc_pr(labels == name, scores[:, k], prevalence=0.5)
+        for k, name in enumerate(classes)
+        if 0 < np.sum(labels == name) < len(labels)
+    ]
+    return float(np.mean(found)) if found else None
 
-    Weights are quantised per channel, activations over the smallest and largest value that occurs. The default variant
-    stays what it is: which one is faster, and whether it is as accurate, has to be measured.
+
+def quantise_model(
+    name_or_path: str | Path,
+    stamps: NDArray[np.floating],
+    *,
+    formats: Sequence[str] = ("onnx",),
+    labels: ArrayLike | None = None,
+    tolerance: float = 0.01,
+    auc_pr_tolerance: float = 0.005,
+    seed: int = 0,
+) -> dict[str, Agreement]:
+    """Add 8-bit variants to a model folder, and write on the card how far each agrees with float and how fast all are.
+
+    Half of the stamps, and not more than `MOST_CALIBRATED`, are calibrated on; all others are what agreement is
+    measured on. The default variant stays what it is (`batchproc.io.model_checks.set_default`): which one is faster
+    depends on the machine.
 
     Parameters
     ----------
     name_or_path : str or Path
-        A model with a float variant; its folder must be writable.
+        A model of stamps alone with a float variant in ONNX. Those that come with batchproc are not written to by name.
     stamps : ndarray (n, 3, h, w)
         Real ones, un-normalised, of the kind that it will see.
+    formats : sequence of str
+        Out of `FORMATS`.
+    labels : array_like (n,) of str, optional
+        What each stamp is, ``real`` or not, or the class; empty: not known.
     tolerance : float
-        Largest acceptable mean difference of the scores; beyond it nothing is written.
+        Largest acceptable mean difference of the scores.
+    auc_pr_tolerance : float
+        Largest acceptable loss of AUC-PR, where there are labels.
+    seed : int
+        Of the division of the stamps.
+
+    Returns
+    -------
+    dict of str to Agreement
+        By variant.
 
     Raises
     ------
     ModelError
-        ``onnx`` is not installed, too few stamps, or scores that differ by more than the tolerance.
+        A package that is missing, too few stamps, an operator that a format does not have, a variant of that name that
+        was made otherwise, or scores that differ by more than the tolerance: then nothing is written at all.
+    UsageError
+        An unknown format.
     """
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        raise UsageError(f"format {', '.join(unknown) or 'none'}: known: {', '.join(FORMATS)}")
     folder = find_model(name_or_path)
+    refuse_bundled(str(name_or_path))
     card = read_card(folder)
-    if not card.files.get("float", {}).get("path", "").endswith(".onnx"):
-        there = ", ".join(f"{variant} ({file['path']})" for variant, file in card.files.items())
-        raise ModelError(f"{folder / CARD}: no float variant in ONNX to start from; there are: {there}")
+    chosen = [FORMATS[name] for name in dict.fromkeys(formats)]
+    _check_card(folder, card, chosen)
     exact = load_model(folder, variant="float")
-    reference = exact.predict(stamps)
-    tensor = _calibration(card, stamps)
-    data = quantise_onnx(Path(exact.file), tensor)
+    calibrated, measured = _divided(card, stamps, seed)
+    tensor, _ = card.input_of("float").prepare(np.asarray(stamps[calibrated]))
+    others = np.asarray(stamps[measured])
+    named = None if labels is None else np.asarray(labels)[measured]
+    made = {form: form.make(exact.file, card.input_of("float").layout, tensor) for form in chosen}
+    card = replace(card, files={**card.files, **{form.variant: _entry(card, form) for form in chosen}})
     with TemporaryDirectory(dir=folder) as scratch:
-        trial = Path(scratch) / FILE
-        trial.write_bytes(data)
-        files = {**card.files, "int8": {**card.files["float"], "path": FILE, "sha256": file_hash(trial)}}
-        card = replace(card, files=files)
-        scores = Model(card, str(trial), "int8", file_hash(trial)).predict(stamps)
-    found = agreement(reference, scores, card.threshold)
-    if not found.mean_difference <= tolerance:
-        raise ModelError(
-            f"model {card.name}: int8 differs from float by {found.mean_difference:.4f} on average over "
-            f"{found.n_stamps} stamps (at most {found.largest_difference:.3f}); allowed: {tolerance}. Nothing written"
-        )
-    write_bytes(folder / FILE, data)
-    notes = {"method": "static, QDQ, int8 per channel, uint8 activations by minimum and maximum", **asdict(found)}
-    write_text(folder / CARD, replace(card, quantisation=notes).to_toml())
+        found = dict(_measured(card, exact, made, Path(scratch), others, named))
+    _refuse_harm(card, found, tolerance, auc_pr_tolerance)
+    hashes = {}
+    for form, data in made.items():
+        write_bytes(folder / form.file, data)
+        hashes[form.variant] = {**card.files[form.variant], "sha256": file_hash(folder / form.file)}
+    notes = {form.variant: _notes(form, found[form.variant], len(tensor)) for form in chosen}
+    card = replace(card, files={**card.files, **hashes}, quantisation={**card.quantisation, **notes})
+    write_text(folder / CARD, card.to_toml())
+    speed = {variant: round(value) for variant, value in _speeds(folder, card, others[:MOST_TIMED]).items()}
+    write_text(folder / CARD, replace(card, speed=speed).to_toml())
     return found
 
 
-def _calibration(card: ModelCard, stamps: NDArray[np.floating]) -> NDArray[np.float32]:
-    tensor, scored = card.input_of("float").prepare(stamps)
-    if scored.sum() < FEWEST_STAMPS:
+# --- Before anything is made ------------------------------------------------------------------------------------------
+
+
+def _check_card(folder: Path, card: ModelCard, chosen: Sequence[Format]) -> None:
+    """Raise `ModelError` where there is nothing to start from, or where something is in the way."""
+    if not card.input.channels or card.input.features:
         raise ModelError(
-            f"model {card.name}: {scored.sum()} usable stamps to calibrate on; at least {FEWEST_STAMPS} are needed, "
-            f"some hundreds are better"
+            f"model {card.name} takes {', '.join(card.input.features) or 'no stamps'}; only models of stamps alone can "
+            f"be quantised"
         )
-    return tensor[scored]
-
-
-def quantise_onnx(path: Path, tensor: NDArray[np.float32]) -> bytes:
-    """The int8 version of an ONNX file with one input, calibrated on normalised stamps.
-
-    The last matrix product stays in float, so that scores are not rounded to 256 steps.
-    """
-    try:
-        import onnx
-        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-        from onnxruntime.quantization.shape_inference import quant_pre_process
-    except ImportError as error:
-        raise ModelError(
-            f"to quantise a model, install what that needs: pip install 'batchproc[train]' ({error})"
-        ) from None
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        """Hands out the stamps in batches."""
-
-        def __init__(self, name: str) -> None:
-            self._batches: Iterator[NDArray[np.float32]] = (tensor[k : k + 64] for k in range(0, len(tensor), 64))
-            self._name = name
-
-        def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-            batch = next(self._batches, None)
-            return None if batch is None else {self._name: batch}
-
-    model = onnx.load(path)
-    graph = model.graph
-    for k, node in enumerate(graph.node):
-        node.name = node.name or f"node{k}"  # to except one without a name is to except all of them
-    products = [node.name for node in graph.node if node.op_type in ("Gemm", "MatMul")]
-    with TemporaryDirectory() as scratch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        level = logging.root.level
-        logging.root.setLevel(logging.ERROR)  # it recommends, on the root logger, what was done the line before
-        try:
-            prepared, out = Path(scratch) / "prepared.onnx", Path(scratch) / FILE
-            quant_pre_process(model, str(prepared), skip_symbolic_shape=True)
-            quantize_static(
-                str(prepared),
-                str(out),
-                Reader(graph.input[0].name),
-                quant_format=QuantFormat.QDQ,
-                per_channel=True,
-                # 7 bits a weight: without VNNI, x86 adds pairs of products in 16 bits, which 8 would overflow. So
-                # every CPU gives the same answer.
-                reduce_range=True,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
-                nodes_to_exclude=products[-1:],
+    if not card.files.get("float", {}).get("path", "").endswith(".onnx"):
+        there = ", ".join(f"{variant} ({file['path']})" for variant, file in card.files.items())
+        raise ModelError(f"{folder / CARD}: no float variant in ONNX to start from; there are: {there}")
+    for form in chosen:
+        if form.variant in card.files and form.variant not in card.quantisation:
+            raise ModelError(
+                f"{folder / CARD}: has a variant {form.variant} that was not made here "
+                f"({card.files[form.variant]['path']}). Give it another name on the card, or take it off"
             )
-        finally:
-            logging.root.setLevel(level)
-        return out.read_bytes()
+
+
+def _divided(card: ModelCard, stamps: NDArray[np.floating], seed: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Rows of usable stamps to calibrate on, and to measure on, in the order in which they lie."""
+    scored = _usable(card, stamps)
+    if len(scored) < 2 * FEWEST_STAMPS:
+        raise ModelError(
+            f"model {card.name}: {len(scored)} usable stamps; at least {2 * FEWEST_STAMPS} are needed, half of them to "
+            f"calibrate on and half to measure on; some thousands are better"
+        )
+    shuffled = np.random.default_rng(seed).permutation(scored)
+    n = min(len(scored) // 2, MOST_CALIBRATED)
+    return np.sort(shuffled[:n]), np.sort(shuffled[n:])
+
+
+def _usable(card: ModelCard, stamps: NDArray[np.floating], chunk: int = 1024) -> NDArray[np.intp]:
+    wanted = card.input_of("float")
+    found = [wanted.prepare(np.asarray(stamps[k : k + chunk]))[1] for k in range(0, len(stamps), chunk)]
+    return np.flatnonzero(np.concatenate(found)) if found else np.zeros(0, np.intp)
+
+
+# --- What was made ----------------------------------------------------------------------------------------------------
+
+
+def _entry(card: ModelCard, form: Format) -> dict[str, str]:
+    layout = {"layout": form.layout} if form.layout else {}
+    return {**card.files["float"], **layout, "path": form.file}
+
+
+def _measured(
+    card: ModelCard,
+    exact: Model,
+    made: Mapping[Format, bytes],
+    scratch: Path,
+    stamps: NDArray[np.floating],
+    labels: NDArray[np.str_] | None,
+) -> Iterator[tuple[str, Agreement]]:
+    reference = exact.predict(stamps)
+    for form, data in made.items():
+        path = scratch / form.file
+        path.write_bytes(data)
+        provider = provider_for(path, "cpu")
+        assert provider is not None
+        trial = Model(card, str(path), form.variant, file_hash(path), provider=provider)
+        yield form.variant, agreement(reference, trial.predict(stamps), card.threshold, labels, card.classes)
+
+
+def _speeds(folder: Path, card: ModelCard, stamps: NDArray[np.floating]) -> dict[str, float]:
+    """Stamps a second of CPU time of each variant that runs on this CPU, all measured now: speeds of other machines
+    cannot be compared with them.
+    """
+    paths = {variant: folder / file["path"] for variant, file in card.files.items()}
+    here = [variant for variant, path in paths.items() if provider_for(path, "cpu") and not lacks_runtime(path)]
+    return {variant: stamps_per_second(load_model(folder, variant=variant), stamps) for variant in here}
+
+
+def _refuse_harm(card: ModelCard, found: Mapping[str, Agreement], tolerance: float, auc_pr_tolerance: float) -> None:
+    for variant, each in found.items():
+        if not each.mean_difference <= tolerance:
+            raise ModelError(
+                f"model {card.name}: {variant} differs from float by {each.mean_difference:.4f} on average over "
+                f"{each.n_stamps} stamps (at most {each.largest_difference:.3f}); allowed: {tolerance}. Nothing written"
+            )
+        lost = (each.auc_pr_float or 0.0) - (each.auc_pr or 0.0)
+        if not lost <= auc_pr_tolerance:
+            raise ModelError(
+                f"model {card.name}: {variant} has an AUC-PR of {each.auc_pr:.4f} where float has "
+                f"{each.auc_pr_float:.4f}, on {each.n_stamps} stamps; allowed to be lost: {auc_pr_tolerance}. Nothing "
+                f"written"
+            )
+
+
+def _notes(form: Format, found: Agreement, n_calibrated: int) -> dict[str, Any]:
+    told = {key: value for key, value in asdict(found).items() if value is not None}
+    return {"method": form.method, "n_calibrated_on": n_calibrated, **told}

@@ -237,6 +237,14 @@ class RunFolder:
             raise UsageError(f"{self.record}: has been altered; `batchproc verify {self.path}` says more")
         return dict(record)
 
+    def models(self) -> dict[str, str]:
+        """Name → hash of the models that the run scores with, as ``run.json`` has them."""
+        record = self.read_record()
+        if "models" in record:
+            return dict(record["models"])
+        model = record.get("model")  # as it was when a run had one
+        return {model["name"]: model["hash"]} if model else {}
+
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Write ``run.json``: the last of the frozen files, by which a run is one."""
         write_text(self.record, json.dumps({**record, "digest": _digest(record)}, indent=2) + "\n")

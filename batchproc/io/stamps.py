@@ -21,13 +21,12 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec
 
 from batchproc.io.atomic import remove, replacing
-from batchproc.io.index import Index, Place, read_index, read_moving
+from batchproc.io.index import CHUNK_ROWS, Index, Place, parts_of, read_index, read_moving
 from batchproc.io.run_folder import RunFolder
 from batchproc.io.shards import Shard, open_shard
 
 __all__ = ["CHUNK_ROWS", "Stamps", "create_store", "open_stamps", "read_stamps", "read_stamps_of", "write_stamps"]
 
-CHUNK_ROWS = 32
 _PLANES = ("new", "ref", "difference")
 _COMPRESSOR = BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle", typesize=4)
 
@@ -84,15 +83,20 @@ def read_stamps(path: Path, rows: Any = slice(None)) -> NDArray[np.float32]:
     return stamps
 
 
-def read_stamps_of(folder: RunFolder, places: Sequence[Place]) -> NDArray[np.float32]:
+def read_stamps_of(
+    folder: RunFolder, places: Sequence[Place], parts: Sequence[slice] | None = None
+) -> NDArray[np.float32]:
     """All stamps ``(n, 3, h, w)`` of some images, one after the other, wherever they lie and move to.
+
+    With `parts`, only these of each of the places, all of which have some; each begins at a multiple of `CHUNK_ROWS`.
 
     Raises
     ------
     DamagedRunError
         They are not there though they should be.
     """
-    return read_moving(folder, [place for place in places if place.n], lambda found: _read_all(folder, found))
+    some = [place for place in places if place.n]
+    return read_moving(folder, some, lambda found: _read_all(folder, parts_of(found, parts)))
 
 
 class Stamps:

@@ -476,20 +476,19 @@ def _doubled(folder: RunFolder, ids: NDArray[np.uint64]) -> Iterator[Problem]:
 
 
 def _unscored(folder: RunFolder) -> Iterator[Problem]:
-    """Whether the model of the run has scored what is finished."""
+    """Whether the models of the run have scored what is finished."""
     try:
-        model = folder.read_record()["model"]
+        models = folder.models()
         index = read_index(folder)
     except (BatchprocError, *_UNREADABLE):  # told of already
         return
-    if model is None:
-        return
-    parts = sorted(folder.scores_of(model["name"]).glob("[!.]*.parquet"))
-    scored = np.concatenate([_hashes(()), *map(_scored, parts)])
-    left = len(index.image_ids) - int(np.isin(_hashes(index.image_ids), scored).sum())
-    if left:
-        why = f"{left} finished images have no scores; `{again(folder)}` makes them"
-        yield Problem("unscored", str(folder.scores_of(model["name"])), why, cure="")
+    for name in models:
+        parts = sorted(folder.scores_of(name).glob("[!.]*.parquet"))
+        scored = np.concatenate([_hashes(()), *map(_scored, parts)])
+        left = len(index.image_ids) - int(np.isin(_hashes(index.image_ids), scored).sum())
+        if left:
+            why = f"{left} finished images have no scores; `{again(folder)}` makes them"
+            yield Problem("unscored", str(folder.scores_of(name)), why, cure="")
 
 
 def _scored(part: Path) -> NDArray[np.uint64]:

@@ -15,7 +15,7 @@ from batchproc.io.catalogue import open_catalogue
 from batchproc.io.run_folder import RunFolder
 from batchproc.report.facts import MATCH_PIX, match_known, read_table, read_truth
 
-__all__ = ["BREAK_DOWN", "Candidates", "read_candidates"]
+__all__ = ["BREAK_DOWN", "Candidates", "columns_to_use", "label_run", "read_candidates", "words"]
 
 #: Columns by which results are broken down where nothing else is asked for.
 BREAK_DOWN = ("ccd", "filter", "fwhm_new", "fwhm", "seeing", "mag", "mjd")
@@ -81,7 +81,7 @@ def read_candidates(
     """
     path = Path(source)
     if path.is_dir():
-        table, notes = _of_run(path, truth)
+        table, notes = label_run(path, truth)
         chosen = list(scores) or _models(table, path)
     else:
         if truth is not None:
@@ -90,18 +90,10 @@ def read_candidates(
             )
         table, notes = _of_table(path)
         chosen = list(scores) or [n for n in table if n == "score" or n.startswith("score_")]
-    names = list(map(str, table))
     if not chosen:
-        raise UsageError(f"{path}: no column score or score_…; name yours with --score; found {', '.join(names)}")
-    group = group or next((name for name in _GROUPS if name in table), "none")
-    if by is None:  # fwhm of a run is that of the candidate; the seeing is fwhm_new
-        by = [name for name in BREAK_DOWN if name in table and not (name == "fwhm" and "fwhm_new" in table)]
-    for name in [*chosen, *by, *([] if group == "none" else [group])]:
-        if name not in table:
-            raise UsageError(f"{path}: no column {name!r}; found {', '.join(names)}")
-    for name in chosen:
-        if not pd.api.types.is_numeric_dtype(table[name]):
-            raise UsageError(f"{path}: the column {name} holds {table[name].dtype} values; expected scores")
+        found = ", ".join(map(str, table))
+        raise UsageError(f"{path}: no column score or score_…; name yours with --score; found {found}")
+    group, by = columns_to_use(path, table, chosen, group, by)
     real = table["real"].to_numpy(dtype=bool)
     if not real.any() or real.all():
         why = f" ({'; '.join(notes)})" if notes else ""
@@ -109,11 +101,32 @@ def read_candidates(
     return Candidates(
         real=real,
         scores={_short(name): table[name].to_numpy(dtype=np.float64, na_value=np.nan) for name in chosen},
-        group=None if group == "none" else table[group].astype(object).fillna("").astype(str).to_numpy(dtype=str),
+        group=None if group == "none" else words(table[group]),
         group_name=group,
         parts=table[by].reset_index(drop=True),
         notes=tuple(notes),
     )
+
+
+def columns_to_use(
+    path: Path, table: pd.DataFrame, scores: Sequence[str], group: str | None, by: Sequence[str] | None
+) -> tuple[str, list[str]]:
+    """What groups are made by, and what results are broken down by; `UsageError` for columns that will not do."""
+    group = group or next((name for name in _GROUPS if name in table), "none")
+    if by is None:  # fwhm of a run is that of the candidate; the seeing is fwhm_new
+        by = [name for name in BREAK_DOWN if name in table and not (name == "fwhm" and "fwhm_new" in table)]
+    for name in [*scores, *by, *([] if group == "none" else [group])]:
+        if name not in table:
+            raise UsageError(f"{path}: no column {name!r}; found {', '.join(map(str, table))}")
+    for name in scores:
+        if not pd.api.types.is_numeric_dtype(table[name]):
+            raise UsageError(f"{path}: the column {name} holds {table[name].dtype} values; expected scores")
+    return group, list(by)
+
+
+def words(column: pd.Series) -> NDArray[np.str_]:
+    """A column as text, empty where it has no value."""
+    return column.astype(object).fillna("").astype(str).to_numpy(dtype=str)
 
 
 def _short(column: str) -> str:
@@ -138,7 +151,11 @@ def _of_table(path: Path) -> tuple[pd.DataFrame, list[str]]:
     return table.assign(real=values.astype(bool)), []
 
 
-def _of_run(path: Path, truth: str | Path | None) -> tuple[pd.DataFrame, list[str]]:
+def label_run(path: Path, truth: str | Path | None = None) -> tuple[pd.DataFrame, list[str]]:
+    """The catalogue of a run with `real` beside it, for candidates of known truth, and what was left out, in words.
+
+    Columns of words of the known transients, such as their ``kind``, come along: empty for all that is bogus.
+    """
     folder = RunFolder.existing(path)
     known = read_truth(folder, truth)
     if known is None:
@@ -162,7 +179,12 @@ def _of_run(path: Path, truth: str | Path | None) -> tuple[pd.DataFrame, list[st
             f"{(match < 0).sum()} of {len(match)} known transients are no candidate (not detected, masked, of images "
             "that failed): no classifier is charged with them"
         )
-    table = catalogue.assign(real=real)[told & ~doubtful]
+    kinds = {}
+    for name in known.columns.difference(catalogue.columns):
+        if not pd.api.types.is_numeric_dtype(known[name]):
+            kinds[name] = np.full(len(catalogue), "", object)
+            kinds[name][match[match >= 0]] = words(known[name])[match >= 0]
+    table = catalogue.assign(real=real, **kinds)[told & ~doubtful]
     table.attrs = catalogue.attrs
     return table, notes
 

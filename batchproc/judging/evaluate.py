@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,14 @@ import numpy as np
 from batchproc.completeness.verdicts import finite
 from batchproc.errors import UsageError
 from batchproc.io.atomic import write_bytes, write_text
+from batchproc.io.cost import Cost
+from batchproc.judging.beside import ENOUGH_GROUPS, bootstrap_words, check_groups, cost_rows, how
 from batchproc.judging.candidates import Candidates
 from batchproc.judging.drawing import draw
 from batchproc.judging.measures import MIXTURES, Judgement, Plan, judge
-from batchproc.learning.evaluate import Interval
+from batchproc.judging.text import say, table
 
 __all__ = ["Evaluation", "evaluate_candidates"]
-
-#: Fewer make bootstrapped intervals that are too narrow.
-_ENOUGH_GROUPS = 20
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,8 @@ class Evaluation:
     n_groups : int
     notes : tuple of str
     files : tuple of Path
+    costs : mapping
+        Name of a model → what it costs, where that was measured.
     """
 
     plan: Plan
@@ -45,39 +46,37 @@ class Evaluation:
     n_groups: int
     notes: tuple[str, ...]
     files: tuple[Path, ...]
+    costs: Mapping[str, Cost] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         document = {
             "prevalences": MIXTURES,
-            "bootstrap": {
-                "resamples": self.plan.resamples,
-                "level": self.plan.level,
-                "seed": self.plan.seed,
-                "group": self.group,
-                "groups": self.n_groups,
-            },
+            "bootstrap": how(self.plan, self.group, self.n_groups),
             "notes": list(self.notes),
-            "scores": {found.name: found.to_dict(self.plan) for found in self.judgements},
+            "scores": {
+                found.name: found.to_dict(self.plan)
+                | {"cost": vars(cost) if (cost := self.costs.get(found.name)) else None}
+                for found in self.judgements
+            },
         }
         plain: dict[str, Any] = finite(document)
         return plain
 
     def text(self) -> str:
         """Tables for a terminal."""
-        lines = [*_table(("", "for real:bogus of", *(j.name for j in self.judgements)), _rows(self)), ""]
+        lines = [*table(("", "for real:bogus of", *(j.name for j in self.judgements)), _rows(self)), ""]
         lines += [line for found in self.judgements for line in _calibration(found)]
         lines += [line for found in self.judgements for line in _parts(found)]
-        drawn = "single candidates" if self.group == "none" else f"{self.n_groups} groups ({self.group})"
-        lines.append(
-            f"intervals: {self.plan.level:.0%} of {self.plan.resamples} resamples of {drawn}; "
-            "the threshold was chosen on these same candidates"
-        )
+        drawn = bootstrap_words(self.plan, self.group, self.n_groups)
+        lines.append(f"{drawn}; the threshold was chosen on these same candidates")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join([*lines, f"in {self.files[0].parent}: {', '.join(path.name for path in self.files)}"])
 
 
-def evaluate_candidates(candidates: Candidates, out: str | Path, plan: Plan | None = None) -> Evaluation:
+def evaluate_candidates(
+    candidates: Candidates, out: str | Path, plan: Plan | None = None, *, costs: Mapping[str, Cost] | None = None
+) -> Evaluation:
     """Judge every score of `candidates`.
 
     Parameters
@@ -86,6 +85,8 @@ def evaluate_candidates(candidates: Candidates, out: str | Path, plan: Plan | No
     out : path
         A folder, made where it is missing: ``metrics.json`` (every number) and ``classifier.png``.
     plan : Plan, optional
+    costs : mapping, optional
+        What models cost, by the names of their scores.
 
     Raises
     ------
@@ -95,11 +96,7 @@ def evaluate_candidates(candidates: Candidates, out: str | Path, plan: Plan | No
         The folder cannot be made; before anything is computed.
     """
     plan = Plan() if plan is None else plan
-    n_groups = len(candidates.real) if candidates.group is None else len(np.unique(candidates.group))
-    if n_groups < 2:
-        raise UsageError(
-            f"all candidates are of one {candidates.group_name}: no interval follows; --group none draws singly"
-        )
+    n_groups = check_groups(candidates.group, candidates.group_name, len(candidates.real))
     Path(out).mkdir(parents=True, exist_ok=True)
     found = []
     for name in candidates.scores:
@@ -109,10 +106,11 @@ def evaluate_candidates(candidates: Candidates, out: str | Path, plan: Plan | No
             scored = int((~np.isnan(candidates.scores[name])).sum())
             raise UsageError(f"{name}: {scored} of {len(candidates.real)} candidates scored; {error}") from error
     notes = [*candidates.notes, *_warnings(found, plan)]
-    if n_groups < _ENOUGH_GROUPS:
-        notes.append(f"{n_groups} groups are few: intervals from fewer than {_ENOUGH_GROUPS} are too narrow")
+    if n_groups < ENOUGH_GROUPS:
+        notes.append(f"{n_groups} groups are few: intervals from fewer than {ENOUGH_GROUPS} are too narrow")
     files = (Path(out) / "metrics.json", Path(out) / "classifier.png")
-    result = Evaluation(plan, tuple(found), candidates.group_name, n_groups, tuple(notes), files)
+    group = candidates.group_name
+    result = Evaluation(plan, tuple(found), group, n_groups, tuple(notes), files, dict(costs or {}))
     write_text(files[0], json.dumps(result.to_dict(), indent=1) + "\n")
     write_bytes(files[1], draw(result.judgements))
     return result
@@ -145,7 +143,7 @@ def _rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
     found, completeness = evaluation.judgements, evaluation.plan.completeness
 
     def row(label: str, mixture: str, key: str) -> tuple[str, ...]:
-        return label, mixture, *(_say(j.values.get(key)) for j in found)
+        return label, mixture, *(say(j.values.get(key)) for j in found)
 
     def plain(label: str, cells: Sequence[str]) -> tuple[str, ...]:
         return label, "", *cells
@@ -167,19 +165,7 @@ def _rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
     rows.append(plain("base rate of real", [f"{j.base_rate:.4g}" for j in found]))
     rows.append(plain("not scored: real, bogus", [f"{j.lost_real}, {j.lost_bogus}" for j in found]))
     rows.append(plain("real lost, not scored included", [f"{j.total_loss:.4f}" for j in found]))
-    return rows
-
-
-def _say(value: Interval | None, digits: int = 4) -> str:
-    if value is None or np.isnan(value.value):
-        return "–"
-    one, low, high = (_number(v, digits) for v in (value.value, value.low, value.high))
-    return one if np.isnan(value.low) else f"{one} [{low}, {high}]"
-
-
-def _number(value: float, digits: int) -> str:
-    """With so many digits behind the point, or as many that count where that would leave none."""
-    return f"{value:.{digits}f}" if value == 0 or abs(value) >= 10.0 ** (1 - digits) else f"{value:.2g}"
+    return [*rows, *cost_rows([j.name for j in found], evaluation.costs)]
 
 
 def _calibration(found: Judgement) -> list[str]:
@@ -198,7 +184,7 @@ def _calibration(found: Judgement) -> list[str]:
         for k in range(len(sample.n))
         if sample.n[k]
     ]
-    return [*_table(head, rows), ""]
+    return [*table(head, rows), ""]
 
 
 def _parts(found: Judgement) -> list[str]:
@@ -208,12 +194,6 @@ def _parts(found: Judgement) -> list[str]:
     keys = ("auc_pr 1:1", "false_negative_rate", "bogus_removed")
     rows = []
     for part in found.parts:
-        numbers = (_say(part.values[key], 3) for key in keys)
+        numbers = (say(part.values[key], 3) for key in keys)
         rows.append((part.column, part.name, f"{part.n_real}, {part.n_bogus}", *numbers))
-    return [*_table(head, rows), ""]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = [head, *rows]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in lines]
+    return [*table(head, rows), ""]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from batchproc.judging.candidates import Candidates
 from batchproc.learning.evaluate import Calibration, Interval, Ranked, bootstrap_many, brier, calibration
 
-__all__ = ["MIXTURES", "Judgement", "Part", "Plan", "judge"]
+__all__ = ["MIXTURES", "Judgement", "Part", "Plan", "judge", "split_column"]
 
 #: Mixtures for which everything that depends on one is said, and their prevalence.
 MIXTURES = {"1:1": 1 / 2, "1:100": 1 / 101, "1:10^4": 1 / 10_001}
@@ -195,7 +195,7 @@ def judge(candidates: Candidates, name: str, plan: Plan) -> Judgement:
         parts=tuple(
             _part(column, part, rows, real, scores, group, float(curve.thresholds[chosen]), plan)
             for column in candidates.parts
-            for part, rows in _split(candidates.parts[column][scored].reset_index(drop=True), plan.parts)
+            for part, rows in split_column(candidates.parts[column][scored].reset_index(drop=True), plan.parts)
         ),
         real=real,
         scores=scores,
@@ -248,7 +248,7 @@ def _rates_bounded(values: dict[str, Interval], n_real: int, n_bogus: int, level
     return {key: value.of_rate(n[key], level) if key in n else value for key, value in values.items()}
 
 
-def _split(column: pd.Series, parts: int) -> list[tuple[str, NDArray[np.intp]]]:
+def split_column(column: pd.Series, parts: int) -> list[tuple[str, NDArray[np.intp]]]:
     """Parts of a column with their rows: quantile bins of numbers, otherwise values; what has no value comes last."""
     absent = column.isna().to_numpy() | (column.astype(object) == "").to_numpy()
     numeric = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)

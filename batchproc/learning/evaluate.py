@@ -341,9 +341,9 @@ def bootstrap_many(
         ``measure(drawn) -> {name: value}``, with how often each candidate was drawn; all once is the sample itself.
         NaN where a resample has no such value.
     real, groups, resamples, level, seed
-        As in `bootstrap`.
+        As in `bootstrap`; `real` may be numbers of several classes.
     """
-    truth = np.asarray(real, dtype=np.bool_)
+    truth = np.asarray(real)
     values = measure(np.ones(len(truth), np.int64))
     found: dict[str, list[float]] = {name: [] for name in values}
     for chosen in _resamples(truth, groups, resamples, seed):
@@ -352,13 +352,11 @@ def bootstrap_many(
     return {name: Interval(float(values[name]), *_percentiles(found[name], level)) for name in values}
 
 
-def _resamples(
-    truth: NDArray[np.bool_], groups: ArrayLike | None, resamples: int, seed: int
-) -> Iterator[NDArray[np.intp]]:
-    """Rows of each resample; those without both classes are left out."""
+def _resamples(truth: NDArray, groups: ArrayLike | None, resamples: int, seed: int) -> Iterator[NDArray[np.intp]]:
+    """Rows of each resample; those with a single class are left out."""
     random = np.random.default_rng(seed)
     if groups is None:
-        classes = [np.flatnonzero(truth), np.flatnonzero(~truth)]
+        classes = [np.flatnonzero(truth == value) for value in np.unique(truth)[::-1]]
 
         def draw() -> NDArray[np.intp]:
             return np.concatenate([random.choice(m, len(m)) for m in classes])
@@ -376,7 +374,7 @@ def _resamples(
 
     for _ in range(resamples):
         chosen = draw()
-        if truth[chosen].any() and not truth[chosen].all():
+        if (truth[chosen] != truth[chosen[0]]).any():
             yield chosen
 
 

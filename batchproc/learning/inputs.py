@@ -13,6 +13,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from batchproc.learning.noise_log import NO_DATA_LIMIT, crop_and_scale, noise_log
+
 __all__ = ["CHANNELS", "LAYOUTS", "NORMALISATIONS", "NO_DATA_LIMIT", "TRUNCATED", "crop_or_pad", "to_tensor"]
 
 #: The channels of a stamp, in the order in which the pipeline cuts them.
@@ -23,9 +25,6 @@ LAYOUTS = ("NCHW", "NHWC")
 #: or with its first pixel on the tensor's first, so that rows are missing at the bottom and columns at the right, which
 #: is how those who score ZTF's alerts pad them.
 TRUNCATED = ("centre", "corner")
-#: A pixel of this size or larger is no measurement: some surveys fill blank pixels with −3.4e38, whose square
-#: overflows float32.
-NO_DATA_LIMIT = 1e30
 
 Normalisation = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
@@ -57,8 +56,8 @@ def to_tensor(
         Channels that the model takes, in its order, out of `CHANNELS`.
     layout : {"NCHW", "NHWC"}
     min_finite : float
-        A stamp is scored only if in *each* channel at least this fraction of the pixels that the model looks at hold
-        data, and at least one of them.
+        A stamp is scored only if in *each* channel (that the model takes, or its normalisation needs: "noise-log" all
+        three) at least this fraction of the pixels that the model looks at hold data, and at least one of them.
     truncated : {"centre", "corner"}
         Where stamps with ``h != w`` go, see `TRUNCATED`. Square ones are centred always.
     padding : float
@@ -82,15 +81,21 @@ def to_tensor(
     _check_name("layout", layout, LAYOUTS)
     if stamps.ndim != 4 or stamps.shape[1] != len(CHANNELS):
         raise ValueError(f"stamps of shape {stamps.shape}; expected (n, {len(CHANNELS)}, h, w): {', '.join(CHANNELS)}")
-    pixels = crop_or_pad(stamps, size, truncated=truncated)  # a copy: (n, 3, size, size)
-    if tuple(channels) != CHANNELS:
-        pixels = np.ascontiguousarray(pixels[:, [_channel_index(name) for name in channels]])
-    filler = np.float32(np.inf if normalisation in _TOLD_OF_FILLERS else np.nan)
-    scored = _blank_the_unusable(pixels, max(1.0, min_finite * size * size), filler)
-    tensor = NORMALISATIONS[normalisation](pixels)
+    order = tuple(_channel_index(name) for name in channels)
+    needed, places = max(1.0, min_finite * size * size), _places(stamps.shape, size, truncated)
+    if normalisation == "noise-log":
+        tensor, scored = crop_and_scale(stamps, *places, size=size, order=order, needed=needed, last=layout == "NHWC")
+    else:
+        pixels = crop_or_pad(stamps, size, truncated=truncated)  # a copy: (n, 3, size, size)
+        if tuple(channels) != CHANNELS:
+            pixels = np.ascontiguousarray(pixels[:, order])
+        filler = np.float32(np.inf if normalisation in _TOLD_OF_FILLERS else np.nan)
+        scored = _blank_the_unusable(pixels, needed, filler)
+        tensor = NORMALISATIONS[normalisation](pixels)
+        tensor = np.ascontiguousarray(tensor.transpose(0, 2, 3, 1)) if layout == "NHWC" else tensor
     if padding:
-        _fill_around(tensor, scored, *_places(stamps.shape, size, truncated), padding)
-    return (np.ascontiguousarray(tensor.transpose(0, 2, 3, 1)) if layout == "NHWC" else tensor), scored
+        _fill_around(tensor, scored, *places, padding, last=layout == "NHWC")
+    return tensor, scored
 
 
 def _check_name(what: str, name: str, known: Iterable[str]) -> None:
@@ -137,12 +142,16 @@ def _fill_around(
     rows: tuple[slice, slice],
     columns: tuple[slice, slice],
     padding: float,
+    *,
+    last: bool,
 ) -> None:
-    """Write `padding` wherever the tensor ``(n, c, size, size)`` of a scored stamp reaches beyond the stamp."""
-    around = np.ones(tensor.shape[2:], np.bool_)
+    """Write `padding` wherever the tensor of a scored stamp reaches beyond the stamp."""
+    size = tensor.shape[2]
+    around = np.ones((size, size), np.bool_)
     around[rows[0], columns[0]] = False
     if around.any():
-        np.copyto(tensor, np.float32(padding), where=scored[:, None, None, None] & around)
+        where = around[..., None] if last else around
+        np.copyto(tensor, np.float32(padding), where=scored[:, None, None, None] & where)
 
 
 def _channel_index(name: str) -> int:
@@ -214,15 +223,24 @@ def _over_norm(vectors: NDArray[np.float32], limit: float) -> NDArray[np.float32
     """
     out = np.zeros_like(vectors)
     for i in range(vectors.shape[0]):
-        total = 0.0
-        for value in vectors[i]:
-            total += np.float64(value) * np.float64(value) if value == value else 0.0  # NaN differs from itself
+        total = _sum_of_squares(vectors[i])
         if 0.0 < total <= limit:
             norm = np.sqrt(total)
             for k in range(vectors.shape[1]):
                 value = vectors[i, k]
                 out[i, k] = np.float64(value) / norm if value == value else 0.0
     return out
+
+
+# May be reordered by the compiler, but NaN must keep its meaning; with an index, see `batchproc.learning.noise_log`.
+@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
+def _sum_of_squares(values: NDArray[np.float32]) -> float:
+    total = 0.0
+    for k in range(values.size):
+        value = values[k]
+        v = np.float64(value) if value == value else 0.0  # NaN differs from itself
+        total += v * v
+    return total
 
 
 def _min_max(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -247,75 +265,6 @@ def _zero_to_one(images: NDArray[np.float32]) -> NDArray[np.float32]:
     return out
 
 
-def _noise_log(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Noise-scaled and compressed: nothing of the survey's units, gain or depth is left.
-
-    Each channel loses its sky and is divided by the noise of the stamp (both from pixels within 3 sigma, iterated):
-    the difference by its own, new and reference by one and the same, the quadratic sum of theirs, so that a star that
-    did not change looks alike in both. Then the range is compressed as asinh would do it, see `_compress`.
-    """
-    n, c, size, _ = pixels.shape
-    return _noise_scaled(pixels.reshape(n, c, size * size)).reshape(pixels.shape)
-
-
-@njit(cache=True, nogil=True)
-def _noise_scaled(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-    out = np.empty_like(pixels)
-    for i in range(pixels.shape[0]):
-        sky_new, noise_new = _sky_and_noise(pixels[i, 0])
-        sky_ref, noise_ref = _sky_and_noise(pixels[i, 1])
-        sky_difference, noise_difference = _sky_and_noise(pixels[i, 2])
-        noise = np.sqrt(noise_new * noise_new + noise_ref * noise_ref)
-        _compress(pixels[i, 0], sky_new, noise, out[i, 0])
-        _compress(pixels[i, 1], sky_ref, noise, out[i, 1])
-        _compress(pixels[i, 2], sky_difference, noise_difference, out[i, 2])
-    return out
-
-
-# The sums below may be reordered by the compiler (that makes them fast), but NaN must keep its meaning.
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"}, forceinline=True)
-def _sky_and_noise(values: NDArray[np.float32]) -> tuple[float, float]:
-    """Mean and standard deviation of the pixels within 3 sigma of the mean, iterated until none is dropped; no NaN."""
-    low, high = -NO_DATA_LIMIT, NO_DATA_LIMIT
-    previous = values.size + 1
-    mean, sigma = 0.0, 0.0
-    for _ in range(30):
-        count, total, squares = 0, 0.0, 0.0
-        for value in values:
-            inside = (value > low) & (value < high)  # False for NaN
-            v = np.float64(value) if inside else 0.0
-            count += inside
-            total += v
-            squares += v * v
-        if count == 0 or count == previous:
-            break
-        previous = count
-        mean = total / count
-        sigma = np.sqrt(max(squares / count - mean * mean, 0.0))
-        low, high = mean - 3.0 * sigma, mean + 3.0 * sigma
-    return mean, sigma
-
-
-@njit(cache=True, nogil=True)
-def _compress(values: NDArray[np.float32], sky: float, noise: float, out: NDArray[np.float32]) -> None:
-    """Write ``±(e + m)`` with ``1 + |v| = 2**e (1 + m)``, 0 ≤ m < 1, and ``v = (values − sky) / noise``; 0 for NaN.
-
-    That is log2(1 + |v|) joined by straight lines at the powers of two: v itself up to one sigma, never further than
-    0.09 from the logarithm, rising throughout. It is read off the bits of the float32, and so costs no logarithm.
-    Clipped at ``|v| = 1e6``.
-    """
-    scale = np.float32(1.0 / noise) if noise > 0 else np.float32(0.0)
-    offset = np.float32(sky)
-    for k in range(values.size):
-        v = (values[k] - offset) * scale
-        size = min(abs(v), np.float32(1e6))
-        out[k] = np.float32(1.0) + size if size >= 0 else np.float32(1.0)  # NaN compares false
-    bits = out.view(np.int32)
-    for k in range(values.size):
-        magnitude = np.float32(bits[k] - np.int32(0x3F800000)) * np.float32(2.0**-23)
-        out[k] = magnitude if values[k] >= offset else -magnitude
-
-
 #: Recipes by name. A card names one of these; to add one is to add a function here.
 NORMALISATIONS: dict[str, Normalisation] = {
     "none": _plain,
@@ -323,5 +272,5 @@ NORMALISATIONS: dict[str, Normalisation] = {
     "ztf-row-l2": _ztf_row_l2,
     "image-l2": _image_l2,
     "min-max": _min_max,
-    "noise-log": _noise_log,
+    "noise-log": noise_log,
 }

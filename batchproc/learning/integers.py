@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import DTypeLike, NDArray
 
-__all__ = ["dequantise", "quantise"]
+__all__ = ["activation_steps", "dequantise", "quantise", "weight_scales"]
 
 
 def quantise(
@@ -58,6 +58,48 @@ def dequantise(integers: NDArray[np.integer], scale: float, zero_point: int) -> 
     """
     _check(scale)
     return (integers.astype(np.float32) - np.float32(zero_point)) * np.float32(scale)
+
+
+def activation_steps(low: float, high: float) -> tuple[float, int]:
+    """Scale and zero point of int8 that reach from `low` to `high`, and hold 0 exactly.
+
+    Nothing between is clipped by more than half a step. Where both are 0, the scale is 1.
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    # The smallest normal float32 and upwards: runtimes divide by it.
+    scale = max((high - low) / 255, float(np.finfo(np.float32).tiny)) if high > low else 1.0
+    scale = float(np.float32(scale))
+    return scale, int(np.clip(np.rint(-128 - low / scale), -128, 127))
+
+
+def weight_scales(
+    weights: NDArray[np.float32], bias: NDArray[np.float32], scale_in: float, axis: int | None
+) -> NDArray[np.float32]:
+    """Scales of int8 weights in −127 … 127, without a zero point.
+
+    Parameters
+    ----------
+    weights : ndarray
+    bias : ndarray (channels,)
+        Is held in int32 and steps of ``scale_in`` × scale: where weights are so small that it would not fit, the scale
+        is larger than they need.
+    scale_in : float
+        Of what they are multiplied with.
+    axis : int, optional
+        That counts channels: a scale for each; None: one for all.
+
+    Returns
+    -------
+    ndarray (channels,) or (1,) float32
+        Positive; 1 for channels whose weights are all 0.
+    """
+    others = tuple(k for k in range(weights.ndim) if k != axis) if axis is not None else None
+    largest = np.abs(weights.astype(np.float64)).max(axis=others).reshape(-1) / 127
+    offsets = (
+        np.abs(bias.astype(np.float64)) if axis is not None else np.abs(bias.astype(np.float64)).max(keepdims=True)
+    )
+    needed = np.maximum(largest, offsets / (scale_in * 2.0**30))
+    return np.where(needed > 0, np.maximum(needed, np.finfo(np.float32).tiny), 1.0).astype(np.float32)
 
 
 def _check(scale: float) -> None:

@@ -7,9 +7,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from batchproc.imaging.background import measure_background
+from batchproc.imaging.stars import find_stars
 from batchproc.records import Exposure
 
-__all__ = ["spoil"]
+__all__ = ["clip_bright", "spoil"]
 
 
 def spoil(exposure: Exposure, sigma: float, fwhm: float, rng: np.random.Generator, *, hits: int, hot: int) -> Exposure:
@@ -36,6 +38,31 @@ def spoil(exposure: Exposure, sigma: float, fwhm: float, rng: np.random.Generato
     if rng.uniform() < 1 / 2:
         light += _trail(exposure.shape, _amplitude(sigma / 10, 60, rng), fwhm, rng)
     return replace(exposure, data=(exposure.data + light).astype(np.float32))
+
+
+def clip_bright(exposure: Exposure, rng: np.random.Generator) -> tuple[Exposure, NDArray[np.bool_]]:
+    """The exposure with the cores of its brightest stars cut off, as if it saturated without the header telling.
+
+    The level is drawn so that one in three to one in fifty of the stars exceed it. In half of the cases the innermost
+    pixels are dark besides, as where a coadd has no good exposure of them.
+
+    Returns
+    -------
+    exposure : Exposure
+        A copy; its mask tells nothing of it.
+    altered : ndarray (ny, nx) bool
+        Pixels that were cut.
+    """
+    sky = measure_background(exposure.data, exposure.mask != 0)
+    stars = find_stars(exposure.data - sky.level, sky.rms, exposure.mask, saturation=exposure.saturation).table
+    light = exposure.data - sky.level
+    level = float(np.quantile(stars["peak"], rng.uniform(0.67, 0.98)))
+    dark = level * rng.uniform(1.1, 3.0) if rng.uniform() < 0.5 else np.inf
+    altered = light > level
+    noise = rng.normal(0, 0.02 * level, light.shape)
+    cut = np.where(light > dark, rng.uniform(0.0, 0.7) * level, level) + noise
+    data = np.where(altered, sky.level + cut, exposure.data).astype(np.float32)
+    return replace(exposure, data=data), altered
 
 
 def _amplitude(sigma: float, highest: float, rng: np.random.Generator) -> float:

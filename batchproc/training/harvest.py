@@ -2,110 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
-
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from batchproc.config import Config
-from batchproc.errors import ExposureError
 from batchproc.flow import subtract_exposures
 from batchproc.imaging.align import align
 from batchproc.records import Flag
 from batchproc.training.cases import Case
+from batchproc.training.examples import BOGUS, REAL, Examples
+from batchproc.training.sources import add_seeing
 
-__all__ = ["Harvest", "harvest", "label"]
+__all__ = ["harvest", "label"]
 
-#: Pixels of a stamp that is kept for training.
-STAMP_SIZE = 39
-#: Settings of a `Case` that is careless.
-CARELESS = {"subtract": {"source_noise": False, "star_residuals": False}, "align": {"refine": False}}
-
-
-@dataclass(frozen=True)
-class Harvest:
-    """Candidates with their truth, one row each.
-
-    Attributes
-    ----------
-    stamps : ndarray (n, 3, size, size) float32
-    real : ndarray (n,) bool
-    scorr : ndarray (n,)
-    flags : ndarray (n,) int32
-    snr : ndarray (n,)
-        Of the planted transient; NaN for artefacts.
-    kind : ndarray (n,) str
-        That of the transient; empty for artefacts.
-    image, region : ndarray (n,) str
-        The image; its group and place on a grid of 3 × 3, by which bootstrap intervals are drawn.
-    group : ndarray (n,) str
-        See `Case`.
-    """
-
-    stamps: NDArray[np.float32]
-    real: NDArray[np.bool_]
-    scorr: NDArray[np.float32]
-    flags: NDArray[np.int32]
-    snr: NDArray[np.float64]
-    kind: NDArray[np.str_]
-    image: NDArray[np.str_]
-    region: NDArray[np.str_]
-    group: NDArray[np.str_]
-
-    def __len__(self) -> int:
-        return len(self.real)
-
-    def __getitem__(self, rows: NDArray) -> Harvest:
-        return Harvest(*(getattr(self, f.name)[rows] for f in fields(self)))
-
-    @classmethod
-    def join(cls, parts: Iterable[Harvest]) -> Harvest:
-        """One after the other."""
-        parts = list(parts)
-        return cls(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+#: Unflagged artefacts fainter than this are mere noise.
+_NOISE_BELOW = 4.6
 
 
-def harvest(case: Case, *, threshold: float = 3.75, faint: int = 150, most: int = 500, seed: int = 0) -> Harvest:
-    """Run the pipeline on a case and label what it finds; an empty harvest where it cannot process the images.
+def harvest(case: Case, config: Config, *, noise: int = 150, most: int = 500, seed: int = 0) -> Examples:
+    """Run the pipeline on a case and label what it finds.
 
     Parameters
     ----------
     case : Case
-    threshold : float
-        In sigma, lower than that of a survey: more artefacts to learn from.
-    faint : int
+    config : Config
+        With a threshold lower than that of a survey there are more artefacts to learn from.
+    noise : int
         Of unflagged artefacts below 4.6 sigma, mere noise, at most so many are kept, drawn at random by `seed`.
     most : int
         Of the other artefacts, at most so many.
+
+    Returns
+    -------
+    found : Examples
+        Labelled `REAL` or `BOGUS`; what can be told neither is left out. In the table, beside the catalogue's columns:
+        ``kind`` and ``planted_snr`` of the transient, ``group`` of the case, and ``region``: the group and the place on
+        a grid of 3 × 3, by which intervals are bootstrapped.
+
+    Raises
+    ------
+    ExposureError
+        The pipeline cannot process the images.
     """
-    settings = {"detect": {"threshold": threshold}, "cutouts": {"size": STAMP_SIZE}}
-    config = Config.from_dict(settings | (CARELESS if case.careless else {}))
-    try:
-        result = subtract_exposures(case.new, align(case.new, case.refs, config.align), config, image_id=case.name)
-    except ExposureError as error:
-        print(f"{case.name}: left out: {error}")
-        return _rows(case, np.zeros((0, 3, STAMP_SIZE, STAMP_SIZE), np.float32), {})
+    aligned = align(case.new, case.refs, config.align)
+    result = subtract_exposures(case.new, aligned, config, image_id=case.name)
     catalogue = result.catalogue
     real, match = label(catalogue, case.truth, fwhm=result.receipt.quality["fwhm_new"], doubtful=case.doubtful)
-    known = match >= 0
-    columns = {
-        "real": real == 1,
-        "scorr": catalogue["scorr"],
-        "flags": catalogue["flags"],
-        "snr": np.where(known, case.truth["snr"][match] if len(case.truth) else 0.0, np.nan),
-        "kind": np.where(known, case.truth["kind"][match] if len(case.truth) else "", ""),
-        "x": catalogue["x"],
-        "y": catalogue["y"],
-    }
-    noise = (real == 0) & (catalogue["flags"] == 0) & (np.abs(catalogue["scorr"]) < 4.6)
+    faint = (real == 0) & (catalogue["flags"] == 0) & (np.abs(catalogue["scorr"]) < _NOISE_BELOW)
     random = np.random.default_rng(seed)
     kept = [np.flatnonzero(real == 1)]
-    for rows, number in ((noise, faint), ((real == 0) & ~noise, most)):
+    for rows, number in ((faint, noise), ((real == 0) & ~faint, most)):
         kept.append(random.permutation(np.flatnonzero(rows))[:number])
     keep = np.sort(np.concatenate(kept))
-    return _rows(case, result.stamps[keep], {name: values[keep] for name, values in columns.items()})
+    found = real[keep] == 1
+    planted = case.truth[match[keep]] if len(case.truth) else np.zeros(len(keep), case.truth.dtype)
+    table = add_seeing(pd.DataFrame(catalogue)).iloc[keep].drop(columns="stamp_index").reset_index(drop=True)
+    ny, nx = case.new.shape
+    tile = (3 * np.clip(table["x"], 0, nx - 1) / nx).astype(int) + 3 * (3 * np.clip(table["y"], 0, ny - 1) / ny).astype(
+        int
+    )
+    table = table.assign(
+        group=case.group,
+        region=[f"{case.group}/{k}" for k in tile],
+        kind=np.where(found, planted["kind"], ""),
+        planted_snr=np.where(found, planted["snr"], np.nan),
+    )
+    return Examples(result.stamps[keep], np.where(found, REAL, BOGUS), table)
 
 
 def label(
@@ -140,22 +104,3 @@ def label(
     damaged = (catalogue["flags"] & (Flag.MASKED | Flag.EDGE)) != 0
     real[(match >= 0) & ~damaged] = 1
     return real, match
-
-
-def _rows(case: Case, stamps: NDArray[np.float32], columns: dict[str, NDArray]) -> Harvest:
-    n = len(stamps)
-    ny, nx = case.new.shape
-    empty = np.zeros(0)
-    x, y = columns.get("x", empty), columns.get("y", empty)
-    tile = (3 * np.clip(x, 0, nx - 1) / nx).astype(int) + 3 * (3 * np.clip(y, 0, ny - 1) / ny).astype(int)
-    return Harvest(
-        stamps=stamps,
-        real=columns.get("real", empty).astype(bool),
-        scorr=columns.get("scorr", empty).astype(np.float32),
-        flags=columns.get("flags", empty).astype(np.int32),
-        snr=columns.get("snr", empty).astype(np.float64),
-        kind=columns.get("kind", empty).astype("U8"),
-        image=np.full(n, case.name, "U64"),
-        region=np.array([f"{case.group}/{k}" for k in tile], "U68"),
-        group=np.full(n, case.group, "U64"),
-    )

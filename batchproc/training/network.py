@@ -30,12 +30,12 @@ class RealBogusNet(nn.Module):
         Before the last layer, in training only.
     """
 
-    def __init__(self, widths: tuple[int, int, int] = (16, 32, 48), hidden: int = 32, dropout: float = 0.2) -> None:
+    def __init__(self, widths: tuple[int, int, int] = (32, 64, 96), hidden: int = 64, dropout: float = 0.2) -> None:
         super().__init__()
         self.features = nn.Sequential(  # (n, 3, 31, 31)
-            _conv(3, widths[0], kernel=5, stride=2),  # (n, 16, 14, 14)
-            _conv(widths[0], widths[1], kernel=3, stride=2),  # (n, 32, 6, 6)
-            _conv(widths[1], widths[2], kernel=3, stride=1),  # (n, 48, 4, 4)
+            _conv(3, widths[0], kernel=5, stride=2),  # (n, 32, 14, 14)
+            _conv(widths[0], widths[1], kernel=3, stride=2),  # (n, 64, 6, 6)
+            _conv(widths[1], widths[2], kernel=3, stride=1),  # (n, 96, 4, 4)
         )
         self.answer = nn.Sequential(
             nn.Flatten(), nn.Linear(widths[2] * 16, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, 1)

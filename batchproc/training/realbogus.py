@@ -2,7 +2,7 @@
 
 1. Stamps: the pipeline itself runs on simulated nights and on science images made from a real coadd, with a low
    threshold; what it finds is labelled by what was planted (`cases`, `harvest`).
-2. A small network is fitted to them (`network`, `fit`), stopped by nights and regions that it does not learn from.
+2. A small network is fitted to them (`network`, `neural`), stopped by nights and regions that it does not learn from.
 3. It is written as ONNX in float and in int8, measured on images that neither step has seen (`report`), and the faster
    of the two, if as accurate, becomes the default. All of that goes on the card.
 
@@ -14,44 +14,57 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain, starmap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from batchproc import __version__
-from batchproc.io.cards import CARD, InputCard, ModelCard, read_card
+from batchproc.config import Config
+from batchproc.errors import ExposureError
+from batchproc.io.cards import CARD, ModelCard, read_card
 from batchproc.io.images import read_image
 from batchproc.io.models import Model, file_hash, load_model
 from batchproc.io.quantise import quantise_model
 from batchproc.learning.evaluate import threshold_for_completeness
 from batchproc.training.cases import Case, coadd_cases, pair_cases, simulated_cases
-from batchproc.training.fit import FitConfig, History, Labelled, export_onnx, fit
-from batchproc.training.harvest import Harvest, harvest
-from batchproc.training.network import SIZE, RealBogusNet
-from batchproc.training.report import measure, stamps_per_second
+from batchproc.training.examples import REAL, Examples
+from batchproc.training.harvest import harvest
+from batchproc.training.neural import learn
+from batchproc.training.report import measure
+from batchproc.training.settings import TrainSettings
 
-VERSION = "1.0"
+VERSION = "2.0"
 THRESHOLD_SIGMA = 3.75  # of the search that stamps are taken from
-INPUT = InputCard(size=SIZE, normalisation="noise-log")
+
+#: Settings of the pipeline, and those that a `Case` has besides that is careless.
+SEARCH: dict[str, Any] = {"detect": {"threshold": THRESHOLD_SIGMA}, "cutouts": {"size": 39}}
+CARELESS: dict[str, Any] = {"subtract": {"source_noise": False, "star_residuals": False}, "align": {"refine": False}}
 
 #: Part → seeds of simulated nights, and of rounds over the coadd's regions of that part.
-NIGHTS = {"train": range(100, 160), "valid": range(200, 206), "test": range(300, 310)}
-ROUNDS = {"train": range(6), "valid": range(10, 13), "test": range(20, 24)}
-GOTO_SEEDS = range(4)
+NIGHTS = {"train": range(1000, 1150), "valid": range(2000, 2012), "test": range(3000, 3012)}
+ROUNDS = {"train": range(100, 112), "valid": range(200, 206), "test": range(300, 306)}
+GOTO_SEEDS = range(8)
+#: Parts → what a card says they are.
+MEASURED_ON = {
+    "simulated-test": "simulated nights, other seeds",
+    "decam-test": "DECam coadd, regions held out",
+    "goto-test": "GOTO pair, both directions; no image of GOTO was learnt from",
+}
+SETTINGS = TrainSettings(epochs=36, batch=256, learning_rate=3e-3)
 
 
 # --- Stamps -----------------------------------------------------------------------------------------------------------
 
 
-def harvest_all(data: Path, cache: Path) -> dict[str, Harvest]:
-    """Every part's stamps, from the cache where they are there already."""
+def harvest_all(data: Path, cache: Path) -> dict[str, Examples]:
+    """Every part's examples, from the cache where they are there already."""
     cache.mkdir(parents=True, exist_ok=True)
     return {name: _cached(cache / f"{name}.npz", cases) for name, cases in _parts(data).items()}
 
@@ -71,46 +84,39 @@ def _parts(data: Path) -> dict[str, Iterator[Case]]:
     return parts
 
 
-def _cached(path: Path, cases: Iterator[Case]) -> Harvest:
+def _cached(path: Path, cases: Iterator[Case]) -> Examples:
+    """The stored examples of a part; each case is stored by itself until all are done."""
     if not path.exists():
-        found = []
-        for case in cases:
-            found.append(harvest(case, threshold=THRESHOLD_SIGMA))
-            print(f"{case.name}: {found[-1].real.sum()} real, {(~found[-1].real).sum()} bogus", flush=True)
-        whole = Harvest.join(found)
-        temporary = path.with_suffix(".tmp.npz")
-        np.savez(temporary, **{f.name: getattr(whole, f.name) for f in fields(Harvest)})
-        temporary.rename(path)
-    with np.load(path) as stored:
-        return Harvest(**{f.name: stored[f.name] for f in fields(Harvest)})
+        parts = path.with_suffix("")
+        parts.mkdir(exist_ok=True)
+        for number, case in enumerate(cases):
+            try:
+                found = harvest(case, _config(case))
+            except ExposureError as error:
+                print(f"{case.name}: left out: {error}", flush=True)
+                continue
+            found.save(parts / f"{number:05d}.npz")
+            print(f"{case.name}: {found.counts()}", flush=True)
+        Examples.join(map(Examples.load, sorted(parts.glob("*.npz")))).save(path)
+        shutil.rmtree(parts)
+    return Examples.load(path)
+
+
+def _config(case: Case) -> Config:
+    return Config.from_dict(SEARCH | (CARELESS if case.careless else {}))
 
 
 # --- The network ------------------------------------------------------------------------------------------------------
 
 
-def labelled(stamps: Harvest) -> Labelled:
-    """Normalised tensors and truth of what can be scored."""
-    tensor, scored = INPUT.prepare(stamps.stamps)
-    return Labelled(tensor[scored], stamps.real[scored])
-
-
-def train(parts: dict[str, Harvest], config: FitConfig) -> tuple[RealBogusNet, History]:
-    """Fit on the training nights and regions; the validation ones decide when to stop."""
-    torch.manual_seed(config.seed)
-    net = RealBogusNet()
-    both = {part: Harvest.join(parts[f"{source}-{part}"] for source in ("simulated", "decam")) for part in _LEARNT}
-    history = fit(net, labelled(both["train"]), labelled(both["valid"]), config)
-    return net, history
-
-
-_LEARNT = ("train", "valid")
-
-
-def write_model(net: RealBogusNet, parts: dict[str, Harvest], out: Path, notes: dict[str, Any]) -> None:
-    """Both ONNX files and a card without metrics yet."""
+def train(parts: dict[str, Examples], out: Path, settings: TrainSettings) -> None:
+    """Fit on the training nights and regions, the validation ones decide when to stop; a card without metrics yet."""
+    both = {
+        name: Examples.join(parts[f"{kind}-{name}"] for kind in ("simulated", "decam")) for name in ("train", "valid")
+    }
     out.mkdir(parents=True, exist_ok=True)
-    export_onnx(net, out / "model.onnx", SIZE)
-    valid = Harvest.join(parts[f"{source}-valid"] for source in ("simulated", "decam"))
+    learnt = learn(both["train"], both["valid"], classes=(REAL,), folder=out, settings=settings, quiet=False)
+    counts = both["train"].counts()
     card = ModelCard(
         name="realbogus",
         version=VERSION,
@@ -121,55 +127,59 @@ def write_model(net: RealBogusNet, parts: dict[str, Harvest], out: Path, notes: 
         licence="BSD-3-Clause",
         threshold=0.5,
         default_variant="float",
-        input=INPUT,
+        input=learnt.input,
         files={"float": {"path": "model.onnx", "sha256": file_hash(out / "model.onnx")}},
-        meant_for={"fwhm_pix": [1.8, 6.5], "pixel_scale_arcsec": [0.2, 1.3], "sigma_at_least": 5.0},
-        training=notes,
+        meant_for={"fwhm_pix": [1.6, 6.5], "pixel_scale_arcsec": [0.2, 1.3], "sigma_at_least": 5.0},
+        training={
+            "data": "simulated nights and science images made from regions of a DECam g coadd, through this pipeline",
+            "made_with": f"batchproc {__version__}",
+            "search_threshold_sigma": THRESHOLD_SIGMA,
+            "n_train": counts,
+            **learnt.notes,
+            **{
+                f"fit_{name}": getattr(settings, name)
+                for name in ("batch", "learning_rate", "weight_decay", "seed", "swap")
+            },
+        },
     )
     (out / CARD).write_text(card.to_toml())
+    valid = both["valid"]
     scores = load_model(out).predict(valid.stamps)
     scored = np.isfinite(scores)
-    threshold = threshold_for_completeness(valid.real[scored], scores[scored], 0.99)
+    threshold = threshold_for_completeness(valid.label[scored] == REAL, scores[scored], 0.99)
     (out / CARD).write_text(replace(card, threshold=float(np.floor(threshold * 1000) / 1000)).to_toml())
-    quantise_model(out, calibration(parts))
-
-
-def calibration(parts: dict[str, Harvest], n: int = 2000) -> NDArray[np.float32]:
-    """Stamps to calibrate int8 on: drawn from those learnt from, real and bogus."""
-    train_set = Harvest.join(parts[f"{source}-train"] for source in ("simulated", "decam"))
-    rows = np.random.default_rng(0).permutation(len(train_set))[:n]
-    return train_set.stamps[np.sort(rows)]
+    quantise_model(out, valid.stamps, formats=("onnx", "tflite", "edgetpu"), labels=valid.label)
 
 
 # --- What it is worth -------------------------------------------------------------------------------------------------
 
 
-def tables(model: Model, parts: dict[str, Harvest], data: Path) -> list[dict[str, Any]]:
+def tables(model: Model, parts: dict[str, Examples], data: Path) -> list[dict[str, Any]]:
     """Metrics of one variant on everything it has not seen."""
-    names = {
-        "simulated-test": "simulated nights, other seeds",
-        "decam-test": "DECam coadd, regions held out",
-        "goto-test": "GOTO pair, both directions; no image of GOTO was learnt from",
-    }
     out = []
-    for part, on in names.items():
+    for part, on in MEASURED_ON.items():
         if part not in parts:
             continue
         found = parts[part]
+        real, known = found.label == REAL, found.table
         scores = model.predict(found.stamps)
-        strong = np.abs(found.scorr) >= 5
-        planted = ~found.real | (found.snr >= 8)
+        planted, varies = real & (known["planted_snr"] >= 8), real & (known["kind"] == "variable")
+        strong = np.abs(known["scorr"]) >= 5
+        every = f"all artefacts above {THRESHOLD_SIGMA} sigma"
         for selection, rows in (
+            (f"transients with expected S/N >= 8 against {every}", ~real | (planted & ~varies)),
             (
-                f"planted with expected S/N >= 8 against all artefacts above {THRESHOLD_SIGMA} sigma",
-                planted,
+                f"stars that vary by a tenth or more, with expected S/N >= 8, against {every}",
+                ~real | (planted & varies),
             ),
-            ("planted against artefacts, all above 5 sigma, flagged or not", strong),
-            ("planted against artefacts, all above 5 sigma and unflagged", strong & (found.flags == 0)),
+            ("transients and variables against artefacts, all above 5 sigma, flagged or not", strong),
+            (
+                "transients and variables against artefacts, all above 5 sigma and unflagged",
+                strong & (known["flags"] == 0),
+            ),
         ):
-            table = measure(
-                on, selection, found.real[rows], scores[rows], threshold=model.threshold, groups=found.region[rows]
-            )
+            rows, region = rows.to_numpy(), known["region"].to_numpy(str)
+            table = measure(on, selection, real[rows], scores[rows], threshold=model.threshold, groups=region[rows])
             out.append({"variant": model.variant, **table})
     triplets = data / "alerts/ztf_triplets.npz"
     if triplets.is_file():
@@ -177,12 +187,8 @@ def tables(model: Model, parts: dict[str, Harvest], data: Path) -> list[dict[str
         rows = (drb > 0.9) | (drb < 0.5)
         on, selection = "real ZTF alerts (not learnt from)", "drb above 0.9 against drb below 0.5"
         scores = model.predict(stamps)
-        out.append(
-            {
-                "variant": model.variant,
-                **measure(on, selection, drb[rows] > 0.9, scores[rows], threshold=model.threshold),
-            }
-        )
+        table = measure(on, selection, drb[rows] > 0.9, scores[rows], threshold=model.threshold)
+        out.append({"variant": model.variant, **table})
     return out
 
 
@@ -199,19 +205,6 @@ def ztf_triplets(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     return stamps, drb
 
 
-def choose_default(out: Path, parts: dict[str, Harvest], found: dict[str, list[dict[str, Any]]]) -> tuple[str, dict]:
-    """The faster variant, if its AUC-PR and completeness are nowhere lower by more than 0.002."""
-    stamps = parts["simulated-test"].stamps[:4096]
-    speed = {variant: round(stamps_per_second(load_model(out, variant=variant), stamps)) for variant in found}
-    equal = all(
-        b[name] >= a[name] - 0.002
-        for a, b in zip(found["float"], found["int8"], strict=True)
-        if "alerts" not in a["on"]
-        for name in ("auc_pr", "completeness", "bogus_removed")
-    )
-    return ("int8" if equal and speed["int8"] > speed["float"] else "float"), speed
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Parse, then do the steps above."""
     parser = argparse.ArgumentParser(prog="python -m batchproc.training.realbogus", description=__doc__)
@@ -219,37 +212,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with images/ and alerts/")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
     parser.add_argument("--cache", type=Path, default=Path("realbogus-stamps"), help="where the stamps are kept")
-    parser.add_argument("--epochs", type=int, default=FitConfig.epochs)
-    parser.add_argument("--seed", type=int, default=FitConfig.seed)
+    parser.add_argument("--epochs", type=int, default=SETTINGS.epochs)
+    parser.add_argument("--seed", type=int, default=SETTINGS.seed)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
     parts = harvest_all(options.data, options.cache)
-    config = FitConfig(epochs=options.epochs, seed=options.seed)
-    net, history = train(parts, config)
-    learnt = [parts[f"{source}-train"] for source in ("simulated", "decam")]
-    notes = {
-        "data": "simulated nights and science images made from regions of a DECam g coadd, through this pipeline",
-        "made_with": f"batchproc {__version__}, torch {torch.__version__}",
-        "n_real": int(sum(part.real.sum() for part in learnt)),
-        "n_bogus": int(sum((~part.real).sum() for part in learnt)),
-        "search_threshold_sigma": THRESHOLD_SIGMA,
-        "parameters": sum(p.numel() for p in net.parameters()),
-        "epochs": history.best_epoch + 1,
-        **{f"fit_{key}": value for key, value in asdict(config).items()},
-    }
-    write_model(net, parts, options.out, notes)
+    settings = replace(SETTINGS, epochs=options.epochs, seed=options.seed, threads=options.threads)
+    train(parts, options.out, settings)
     finish_card(options.out, parts, options.data)
 
 
-def finish_card(out: Path, parts: dict[str, Harvest], data: Path) -> None:
-    """Measure both variants, choose the default, and write it all on the card."""
-    found = {variant: tables(load_model(out, variant=variant), parts, data) for variant in ("float", "int8")}
-    default, speed = choose_default(out, parts, found)
+def finish_card(out: Path, parts: dict[str, Examples], data: Path) -> None:
+    """Measure every variant that any CPU takes, choose the default, and write it all on the card."""
     card = read_card(out)
-    quantisation = {**card.quantisation, "stamps_per_cpu_second": speed}
-    metrics = tuple(table for variant in found for table in found[variant])
-    card = replace(card, default_variant=default, quantisation=quantisation, metrics=metrics)
+    found = {name: tables(load_model(out, variant=name), parts, data) for name in card.files if name != "edgetpu"}
+    metrics = tuple(table for variant in found.values() for table in variant)
+    card = replace(card, default_variant=_default(card, found), metrics=metrics)
     (out / CARD).write_text(card.to_toml())
     for table in metrics:
         print(
@@ -257,7 +235,18 @@ def finish_card(out: Path, parts: dict[str, Harvest], data: Path) -> None:
         )
         for name in ("auc_pr", "auc_roc", "bogus_removed_at_99_completeness", "completeness", "bogus_removed"):
             print(f"    {name:34s} {table[name]:.4f} {table[f'{name}_interval']}")
-    print(f"default: {default}; stamps per CPU-second: {speed}")
+    print(f"default: {card.default_variant}; stamps per CPU-second: {dict(card.speed)}")
+
+
+def _default(card: ModelCard, found: dict[str, list[dict[str, Any]]]) -> str:
+    """``int8`` if faster and nowhere worse by more than 0.002. TFLite never is: LiteRT is an extra."""
+    equal = all(
+        b[name] >= a[name] - 0.002
+        for a, b in zip(found["float"], found["int8"], strict=True)
+        if "alerts" not in a["on"]
+        for name in ("auc_pr", "completeness", "bogus_removed")
+    )
+    return "int8" if equal and card.speed["int8"] > card.speed["float"] else "float"
 
 
 if __name__ == "__main__":

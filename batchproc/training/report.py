@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from batchproc.io.models import Model
 from batchproc.learning.evaluate import (
     Interval,
     auc_pr,
@@ -20,7 +18,7 @@ from batchproc.learning.evaluate import (
     threshold_for_completeness,
 )
 
-__all__ = ["measure", "stamps_per_second"]
+__all__ = ["measure"]
 
 
 def measure(
@@ -81,14 +79,3 @@ def measure(
     for odds in (100, 10_000):
         table[f"precision_at_1_to_{odds}"] = round(precision(real, scores, threshold, prevalence=1 / (1 + odds)), 4)
     return table
-
-
-def stamps_per_second(model: Model, stamps: NDArray[np.float32], repeats: int = 5) -> float:
-    """Stamps scored in a second of CPU time on one thread, normalisation included: the best of some runs."""
-    model.predict(stamps[:256])
-    best = np.inf
-    for _ in range(repeats):
-        start = time.process_time()
-        model.predict(stamps)
-        best = min(best, time.process_time() - start)
-    return float(len(stamps) / best)

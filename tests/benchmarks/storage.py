@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchproc.distribute.scoring import images_of_a_chunk
 from batchproc.io.catalogue import PARQUET
 from batchproc.io.freeze import freeze
 from batchproc.io.index import PACK_SCHEMA, Done, iter_done, read_index
@@ -43,9 +44,9 @@ class Files:
     packs: int
 
     def at(self, images: int, models: int = 1) -> float:
-        """What so many images leave: what every run has, five a pack, and a file of scores per 100 images and model."""
+        """What so many images leave: what every run has, five a pack, and the models' files of scores."""
         every_run = self.left - 5 * self.packs
-        return every_run + 5 * -(-images // PACK_IMAGES) + models * images / 100
+        return every_run + 5 * -(-images // PACK_IMAGES) + models * images / images_of_a_chunk(images, models)
 
 
 def count(path: Path) -> int:
@@ -111,7 +112,9 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         files = files_of_a_run(Path(folder) / "run", images)
         print(f"{files.images} images: {files.left} files and folders at the end, {files.most} at most on the way")
-        print(f"so 100,000 images leave {files.at(100_000):.0f}, one per {100_000 / files.at(100_000):.0f} images")
+        for models in (1, 5):
+            left = files.at(100_000, models)
+            print(f"so 100,000 images leave {left:.0f} with {models} models, one per {100_000 / left:.0f} images")
     with TemporaryDirectory() as path:
         for n in (10_000, 100_000):
             folder = marked_run(Path(path) / str(n), n)

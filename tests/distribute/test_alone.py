@@ -13,12 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from batchproc.distribute import scoring
+from batchproc.distribute import persistent, scoring
 from batchproc.distribute.alone import run_alone
+from batchproc.distribute.chunks import Chunk
 from batchproc.distribute.executors import SerialExecutor, WorkerDiedError
 from batchproc.distribute.scoring import needed_resources
 from batchproc.distribute.signals import TERMINATED, leaving_in_order
-from batchproc.distribute.tasks import Chunk
 from batchproc.distribute.transient import is_transient
 from batchproc.distribute.watchdog import read_note, time_limit_here
 from batchproc.errors import CrashError, MemoryLimitError, ReadError, StorageError, TimeLimitError, UsageError
@@ -163,14 +163,15 @@ def test_scoring_waits_for_a_file_server_to_come_back(tmp_path, monkeypatch):
     errors = iter([WorkerDiedError("died"), *[OSError(errno.ESTALE, "stale file handle")] * 2])
     rests = []
 
-    def classify(job, model, chunk):
+    def classify(job, models, chunk):
         for error in errors:
             raise error
 
     monkeypatch.setattr(scoring, "classify_chunk", classify)
-    monkeypatch.setattr(scoring, "time", SimpleNamespace(sleep=rests.append))
-    folder, model = _runs.begin(tmp_path / "run", "a"), SimpleNamespace(name="stub")
-    assert list(scoring.classify_chunks(folder, [Chunk(())], SerialExecutor(), model=model)) == [Chunk(())]
+    monkeypatch.setattr(persistent, "time", SimpleNamespace(sleep=rests.append))
+    folder, models = _runs.begin(tmp_path / "run", "a"), [SimpleNamespace(name="stub")]
+    chunks = [Chunk((), ("stub",))]
+    assert list(scoring.classify_chunks(folder, chunks, SerialExecutor(), models=models)) == chunks
     assert rests == [20.0, 40.0]
 
 

@@ -99,8 +99,8 @@ def test_files_are_counted_as_they_will_be_after_packing(images: int) -> None:
     """Packs of five hundred; nineteen images at most stay by themselves."""
     alone = images % 500 if images % 500 < 20 else 0
     packs = -(-(images - alone) // 500)
-    assert module._files_out(images, scored=False) == module._RUN_FILES + 5 * (packs + alone)
-    assert module._files_out(0, scored=True) == 0
+    assert module._files_out(images, models=0) == module._RUN_FILES + 5 * (packs + alone)
+    assert module._files_out(0, models=1) == 0
 
 
 def test_a_run_is_held_against_the_memory_that_its_plan_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_jobs_are_asked_for_by_images(monkeypatch, tmp_path, cluster, tasks):
     monkeypatch.setattr(job, "largest_need", lambda entries: Prediction("i", 10**9, (4096, 4096), ((4096, 4096),), 1))
     monkeypatch.setattr("distributed.system.MEMORY_LIMIT", 64 * 10**9)
     monkeypatch.setattr(Where, "check", lambda where: None)
-    monkeypatch.setattr(job, "open_executor", lambda where, threads, tasks, large, folder: tasks)
+    monkeypatch.setattr(job, "open_executor", lambda where, threads, tasks, large, folder, resources: tasks)
     where = Where(cluster, 8 if cluster == "local" else None)
     work = job._Job(RunFolder(tmp_path), _runs.CONFIG, job.Steps(), where, report=False, max_bugs=0, quiet=True)
     assert work.place(_runs.entries(*"abcde"), []) == tasks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import tarfile
 
 import fastavro
 import numpy as np
@@ -51,7 +52,7 @@ def fits_bytes(pixels, **cards):
 def cutout(pixels, *, simple=b"SIMPLE  =  T"):
     """As in a packet: gzipped, and with a first card that is not where FITS wants it."""
     content = fits_bytes(pixels, BUNIT="DN")
-    return gzip.compress(simple.ljust(80) + content[80:] if simple else content)
+    return gzip.compress(simple.ljust(80) + content[80:] if simple else content, mtime=0)
 
 
 def record(candid, stamp, *, drb=None, **replaced):
@@ -68,3 +69,25 @@ def packet(*records, schema=SCHEMA):
     file = io.BytesIO()
     fastavro.writer(file, schema, records, codec="null")
     return file.getvalue()
+
+
+def stamp_of(seed=0, h=63, w=63):
+    """A triplet of noise."""
+    return np.random.default_rng(seed).normal(0.0, 2.0, (3, h, w)).astype(np.float32)
+
+
+def write_night(folder, n=5):
+    """A folder of alerts, the fourth of them with a score."""
+    folder.mkdir()
+    for k in range(n):
+        (folder / f"{k}.avro").write_bytes(packet(record(k, stamp_of(k), drb=0.25 if k == 3 else None)))
+    return folder
+
+
+def tarball(folder, name="night.tar.gz"):
+    """The files of a folder in a tarball beside it, in the order of their names."""
+    path = folder.parent / name
+    with tarfile.open(path, "w:gz" if name.endswith("gz") else "w") as tar:
+        for file in sorted(folder.iterdir()):
+            tar.add(file, f"inner/{file.name}")
+    return path

@@ -22,7 +22,8 @@ from batchproc.errors import ModelError
 from batchproc.io.backends import CPU, CUDA, EDGETPU, LITERT, litert, open_backend, provider_for
 from batchproc.io.backends.batches import in_batches
 from batchproc.io.cards import InputCard, ModelCard, read_card
-from batchproc.io.models import add_model, check_model, file_hash, load_model
+from batchproc.io.model_checks import add_model, check_model
+from batchproc.io.models import file_hash, load_model
 from batchproc.io.quantise import quantise_model
 
 GOLDEN = Path(__file__).parent / "golden"

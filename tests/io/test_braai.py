@@ -16,8 +16,9 @@ from batchproc.cli import cli
 from batchproc.errors import ModelError
 from batchproc.io.braai import add_braai
 from batchproc.io.cards import InputCard, read_card
-from batchproc.io.models import check_model, load_model, models_folder
-from batchproc.io.quantise import quantise_onnx
+from batchproc.io.model_checks import check_model
+from batchproc.io.models import load_model, models_folder
+from batchproc.io.onnx_int8 import quantise_onnx
 from tests._real import data
 from tests.io import _keras
 
@@ -54,7 +55,13 @@ def test_the_model_answers_as_the_network_of_the_file(file, weights, normalisati
     expected = _keras.answer(weights, tensor)
     assert np.ptp(expected) > 1e-4
     np.testing.assert_allclose(model.predict(stamps), expected, atol=1e-6)
-    assert check_model(model.name) == ["float: model.onnx is the file on the card, runs on CPUExecutionProvider"]
+    assert check_model(model.name) == [
+        "float: model.onnx is the file on the card, runs on CPUExecutionProvider",
+        "float-tflite: model.tflite is the file on the card, runs on LiteRT",
+        "float-tflite: differs from float by at most 0.000 on 32 generated stamps",
+    ]
+    as_tflite = load_model(model.name, variant="float-tflite").predict(stamps)
+    np.testing.assert_allclose(as_tflite, expected, atol=1e-6)
 
 
 def test_the_card_says_what_it_is(file):

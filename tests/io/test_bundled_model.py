@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 
 from batchproc.io.cards import read_card
-from batchproc.io.models import check_model, find_model, list_models, load_model
+from batchproc.io.model_checks import check_model
+from batchproc.io.models import find_model, list_models, load_model
 from batchproc.learning.evaluate import auc_roc
 
-VARIANTS = ("float", "int8")
+#: On every CPU; the last one of all has a batch of 1 besides.
+VARIANTS = ("float", "int8", "int8-tflite")
+EVERY = (*VARIANTS, "edgetpu")
 
 
 def specimens(n=60, fwhm=3.0, snr=20.0, seed=0):
@@ -32,17 +35,24 @@ def specimens(n=60, fwhm=3.0, snr=20.0, seed=0):
     return with_star, empty
 
 
-def test_it_is_there_in_both_versions_and_small():
-    """Found by name, from the package, below a megabyte in all."""
+def test_it_is_there_in_all_versions_and_small():
+    """Found by name, from the package; what every install runs is below a megabyte, all of it below one and a half."""
     folder = find_model("realbogus")
     assert list_models()["realbogus"] == folder
-    assert set(read_card(folder).files) == set(VARIANTS)
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 1e6
+    assert set(read_card(folder).files) == set(EVERY)
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert sum(size for name, size in sizes.items() if not name.endswith(".tflite")) < 1e6
+    assert sum(sizes.values()) < 1.5e6
 
 
 def test_its_files_are_those_on_its_card():
-    """Hashes, provider, probabilities, blanks not scored, int8 close to float."""
-    assert len(check_model("realbogus")) == 3
+    """Hashes, provider, probabilities, blanks not scored, int8 close to float; one is for the Edge TPU."""
+    lines = check_model("realbogus")
+    assert sum("is the file on the card, runs on" in line for line in lines) == len(EVERY)
+    assert sum("differs from float" in line for line in lines) == len(EVERY) - 1
+    assert any(
+        line.startswith("edgetpu: ") and "not compiled yet" in line for line in check_model("realbogus", "edgetpu")
+    )
 
 
 def test_its_card_says_how_good_it_is_and_for_which_mixture():
@@ -59,7 +69,10 @@ def test_its_card_says_how_good_it_is_and_for_which_mixture():
             low, high = row["auc_pr_interval"]
             assert low <= row["auc_pr"] <= high
             assert min(row["n_real"], row["n_bogus"]) > 0
-    assert {"largest_difference", "mean_difference", "stamps_per_cpu_second"} <= set(card.quantisation)
+    assert set(card.quantisation) == set(card.files) - {"float"}
+    for table in card.quantisation.values():
+        assert {"largest_difference", "mean_difference", "lost", "gained"} <= set(table)
+    assert set(card.speed) >= set(VARIANTS)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -163,15 +163,15 @@ def test_another_model_redoes_no_image(folder: RunFolder, images: list[ManifestE
     with pytest.raises(RunMismatchError, match=r"classify\.model was '', now 'other'.*no image is done again"):
         check(folder, images, MODEL)
     model = SimpleNamespace(name="other", hash="1" * 64)
-    freeze(folder, images, MODEL, no_wisdom, model=model, redo=True)
+    freeze(folder, images, MODEL, no_wisdom, models=[model], redo=True)
     assert done(folder) == {"a1", "b2", "c3"}
     folder.scores_of("other").mkdir(parents=True)
     (folder.scores_of("other") / "x.parquet").touch()
-    assert not freeze(folder, images, MODEL, no_wisdom, model=model)
+    assert not freeze(folder, images, MODEL, no_wisdom, models=[model])
     better = SimpleNamespace(name="other", hash="2" * 64)
     with pytest.raises(RunMismatchError, match="the model other was 111111111111, now 222222222222"):
-        check(folder, images, MODEL, model=better)
-    freeze(folder, images, MODEL, no_wisdom, model=better, redo=True)
+        check(folder, images, MODEL, models=[better])
+    freeze(folder, images, MODEL, no_wisdom, models=[better], redo=True)
     assert not folder.scores_of("other").exists()
     assert done(folder) == {"a1", "b2", "c3"}
 

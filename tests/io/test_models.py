@@ -14,12 +14,11 @@ import pytest
 
 from batchproc.errors import ModelError
 from batchproc.io.backends import open_backend
-from batchproc.io.cards import InputCard, ModelCard, read_card
+from batchproc.io.cards import CARD, InputCard, ModelCard, read_card
+from batchproc.io.model_checks import add_model, check_model
 from batchproc.io.models import (
     CPU,
     Model,
-    add_model,
-    check_model,
     file_hash,
     find_model,
     list_models,
@@ -288,3 +287,75 @@ def test_a_card_that_contradicts_its_file_is_found(tmp_path):
     wanted = InputCard(size=5, normalisation="none", features=("fwhm",))
     with pytest.raises(ModelError, match="takes 1 inputs"):
         check_model(make_model(tmp_path / "b", input=wanted))
+
+
+def test_a_card_from_before_there_were_several_quantised_variants_can_be_read(toy):
+    """Its one table is that of int8."""
+    path = toy / "card.toml"
+    path.write_text(path.read_text() + '\n[quantisation]\nmethod = "static"\nmean_difference = 0.002\n')
+    assert read_card(toy).quantisation == {"int8": {"method": "static", "mean_difference": 0.002}}
+
+
+@pytest.fixture
+def features_alone(tmp_path):
+    """A model folder whose file takes two features and answers their softmax."""
+    onnx = pytest.importorskip("onnx")
+    info, value = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Softmax", ["features"], ["score"], axis=1)],
+        "features",
+        [info("features", value, ["n", 2])],
+        [info("score", value, ["n", 2])],
+    )
+    made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    folder = tmp_path / "table"
+    folder.mkdir()
+    onnx.save(made, folder / "model.onnx")
+    card = ModelCard(
+        name="table",
+        version="1",
+        description="for tests",
+        licence="BSD-3-Clause",
+        threshold=0.5,
+        default_variant="float",
+        input=InputCard(size=0, normalisation="none", channels=(), features=("chi2", "dipole")),
+        files={"float": {"path": "model.onnx", "sha256": file_hash(folder / "model.onnx")}},
+        classes=("real", "bogus"),
+    )
+    (folder / CARD).write_text(card.to_toml())
+    return folder
+
+
+def test_a_model_of_features_alone_reads_no_stamps(features_alone):
+    """Its card survives, it is checked like others, and a candidate that lacks a feature is not scored."""
+    card = read_card(features_alone)
+    assert card.input.channels == ()
+    assert check_model(features_alone)[0].startswith("float: model.onnx is the file on the card")
+    model = load_model(features_alone)
+    assert not model.takes_stamps
+    table = np.array([[0.0, 0.0], [np.nan, 1.0], [1e39, 1.0], [3.0, 1.0]])
+    scores = model.predict(None, table, batch=3)
+    np.testing.assert_allclose(scores[[0, 3]], [[0.5, 0.5], [1 / (1 + np.exp(-2)), 1 / (1 + np.exp(2))]], rtol=1e-6)
+    assert np.isnan(scores[1:3]).all()
+    with pytest.raises(ModelError, match=r"shape \(4, 1\); expected \(n, 2\): chi2, dipole"):
+        model.predict(None, table[:, :1])
+    with pytest.raises(ModelError, match="needs the features chi2, dipole"):
+        model.predict(None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": ()}, "both empty"),
+        ({"size": 31}, "must be 0 where there are no channels"),
+        ({"size": -1}, "must be 0 where there are no channels"),
+        ({"channels": ("new",)}, "must be a whole number of pixels"),
+    ],
+)
+def test_what_a_model_looks_at_is_stamps_or_features(features_alone, change, message):
+    """A card that says neither, or a size without channels, is refused."""
+    card = read_card(features_alone)
+    wrong = replace(card, input=replace(card.input, **change))
+    (features_alone / CARD).write_text(wrong.to_toml())
+    with pytest.raises(ModelError, match=message):
+        read_card(features_alone)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchproc.learning.inputs import NORMALISATIONS, crop_or_pad, to_tensor
+from batchproc.learning.inputs import NO_DATA_LIMIT, NORMALISATIONS, crop_or_pad, to_tensor
 
 
 def stamps_of(n=4, h=41, w=41, seed=0, sky=(100.0, 50.0, 0.0), noise=(5.0, 3.0, 6.0)):
@@ -225,6 +225,37 @@ def test_noise_log_matches_its_definition():
     tensor, _ = to_tensor(stamps, size=41, normalisation="noise-log")
     for stamp, found in zip(stamps, tensor, strict=True):
         np.testing.assert_allclose(found, plain_noise_log(stamp), atol=2e-3)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    h=st.integers(1, 24),
+    w=st.integers(1, 24),
+    size=st.integers(1, 24),
+    blank=st.floats(0, 0.7),
+    truncated=st.sampled_from(["centre", "corner"]),
+    dtype=st.sampled_from([np.float32, np.float64]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_noise_log_in_one_pass_is_the_recipe_after_the_steps_one_by_one(h, w, size, blank, truncated, dtype, seed):
+    """Crop, blank, scale, order and layout: the same bits, whatever is blank, cut off or larger than the stamp."""
+    random = np.random.default_rng(seed)
+    stamps = stamps_of(5, h, w, seed).astype(dtype)
+    stamps[random.random(stamps.shape) < blank] = random.choice([np.nan, np.inf, -3.4028235e38])
+    how = {"size": size, "truncated": truncated, "min_finite": 0.4}
+    plain = crop_or_pad(stamps, size, truncated=truncated)
+    plain[~(np.abs(plain) < NO_DATA_LIMIT)] = np.nan
+    enough = np.isfinite(plain).sum(axis=(2, 3)).min(axis=1) >= max(1.0, 0.4 * size * size)
+    expected = np.where(enough[:, None, None, None], NORMALISATIONS["noise-log"](plain), 0)
+    found, scored = to_tensor(stamps, normalisation="noise-log", **how)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(scored, enough)
+    turned = {"channels": ("difference", "new"), "layout": "NHWC", "padding": 2.0}
+    found, _ = to_tensor(stamps, normalisation="noise-log", **turned, **how)
+    inside = crop_or_pad(np.zeros((1, 1, h, w)), size, truncated=truncated)[0, 0] == 0
+    np.testing.assert_array_equal(found[:, inside], expected[:, [2, 0]].transpose(0, 2, 3, 1)[:, inside])
+    assert (found[enough][:, ~inside] == 2).all()
+    assert (found[~enough] == 0).all()
 
 
 @settings(deadline=None, max_examples=20)

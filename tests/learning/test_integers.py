@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchproc.learning.integers import dequantise, quantise
+from batchproc.learning.integers import activation_steps, dequantise, quantise, weight_scales
 
 TYPES = (np.int8, np.uint8)
 
@@ -62,3 +62,40 @@ def test_a_scale_must_be_positive(scale):
         quantise(np.zeros(3, np.float32), scale, 0)
     with pytest.raises(ValueError, match="must be positive"):
         dequantise(np.zeros(3, np.int8), scale, 0)
+
+
+@settings(deadline=None, max_examples=200)
+@given(a=st.floats(-1e6, 1e6, width=32), b=st.floats(-1e6, 1e6, width=32))
+def test_steps_of_activations_span_what_was_seen(a, b):
+    """From the least to the largest within half a step, and 0 is a whole number of steps."""
+    low, high = min(a, b), max(a, b)
+    scale, zero = activation_steps(low, high)
+    assert -128 <= zero <= 127
+    assert scale > 0
+    least, most = scale * (-128 - zero), scale * (127 - zero)
+    assert least <= 0 <= most
+    assert least - 0.51 * scale <= min(low, 0)
+    assert most + 0.51 * scale >= max(high, 0)
+    assert most - least <= 1.001 * max(max(high, 0) - min(low, 0), 1e-35) or low == high == 0
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    seed=st.integers(0, 1000),
+    weight=st.floats(1e-20, 1e6),
+    bias=st.floats(0, 1e6),
+    scale_in=st.floats(1e-6, 1e3),
+    axis=st.sampled_from([0, 3, None]),
+)
+def test_scales_of_weights_hold_weights_and_biases(seed, weight, bias, scale_in, axis):
+    """Weights within 127 steps, biases within 31 bits; a scale for each channel, no finer than they need."""
+    random = np.random.default_rng(seed)
+    weights = (weight * random.normal(size=(4, 2, 2, 4))).astype(np.float32)
+    weights[(slice(None),) * (axis or 0) + (1,)] = 0
+    offsets = (bias * random.normal(size=4)).astype(np.float32)
+    scales = weight_scales(weights, offsets, scale_in, axis)
+    assert scales.shape == ((4,) if axis is not None else (1,))
+    assert (scales > 0).all()
+    spread = [-1 if k == axis else 1 for k in range(4)]
+    assert np.abs(weights / scales.reshape(spread).astype(np.float64)).max() <= 127.01
+    assert np.abs(offsets / (scale_in * scales.astype(np.float64))).max() < 2**31 - 1

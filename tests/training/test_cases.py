@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import pdist
 
+from batchproc.config import Config
+from batchproc.imaging.render import ParametricPsf, add_sources
 from batchproc.imaging.simulate import simulate_pair
-from batchproc.records import Flag
-from batchproc.training.cases import COADD_SPLIT, PLANTED, Case, draw_scene, plant
-from batchproc.training.defects import spoil
-from batchproc.training.harvest import Harvest, harvest, label
+from batchproc.records import Exposure, Flag
+from batchproc.training.cases import COADD_SPLIT, Case, draw_scene
+from batchproc.training.defects import clip_bright, spoil
+from batchproc.training.examples import BOGUS, REAL
+from batchproc.training.harvest import harvest, label
+from batchproc.training.planting import PLANTED, own_psf, plant
 
 
 def same_grid(x, y):
@@ -70,19 +74,73 @@ def test_defects_add_charge_and_mask_nothing(exposures):
     np.testing.assert_array_equal(found.mask, new.mask)
 
 
+def test_clipped_stars_lose_their_cores_and_no_mask_tells(exposures):
+    """Only pixels above the level change, they lose light, and what is planted keeps clear of them."""
+    _, ref = exposures
+    found, altered = clip_bright(ref, np.random.default_rng(2))
+    assert 5 < altered.sum() < 0.05 * altered.size
+    np.testing.assert_array_equal(found.data[~altered], ref.data[~altered])
+    assert found.data[altered].max() < 0.7 * ref.data[altered].max()
+    np.testing.assert_array_equal(found.mask, ref.mask)
+
+
+def test_what_is_planted_carelessly_keeps_clear_of_clipped_stars(exposures):
+    """No transient lies on pixels that were cut, whatever the seed cuts."""
+    new, ref = exposures
+    for seed in range(3):
+        careless = plant(new, ref, same_grid, np.random.default_rng(seed), n=10, careless=True)
+        plain = plant(new, ref, same_grid, np.random.default_rng(seed), n=0, careless=True)
+        assert careless[0].psf.fwhm != careless[1].psf.fwhm
+        x, y = (np.rint(careless[2][name]).astype(int) for name in ("x", "y"))
+        cut = (plain[0].data < new.data - 1) | (plain[1].data < ref.data - 1)
+        assert not cut[y, x].any()
+
+
+def test_what_is_planted_looks_like_the_stars_around_it():
+    """Where the PSF changes across the field, so does ours; it is as wide as the stars are, within some per cent."""
+    psf = ParametricPsf(3.0, variation=0.25, shape=(512, 512))
+    random = np.random.default_rng(0)
+    x, y = (grid.ravel() + random.uniform(-3, 3, 256) for grid in np.meshgrid(*[np.arange(20.0, 500, 30)] * 2))
+    data = add_sources(np.zeros((512, 512)), x, y, np.full(256, 3e4), psf) + random.normal(0, 10, (512, 512))
+    exposure = Exposure(
+        data=data.astype(np.float32),
+        variance=None,
+        mask=np.zeros(data.shape, np.uint8),
+        gain=1.0,
+        read_noise=10.0,
+        saturation=np.inf,
+    )
+    ours = own_psf(exposure.data, np.full(data.shape, 10.0, np.float32), exposure, random)
+    for place in ((256.0, 256.0), (50.0, 50.0), (470.0, 250.0)):
+        expected = 3.0 * (1 + 0.25 * np.sum(((2 * np.array(place) + 1) / 512 - 1) ** 2) / 2)
+        assert ours.here(*place).fwhm == pytest.approx(expected, rel=0.08)
+    assert ours.here(50.0, 50.0).fwhm > 1.1 * ours.here(256.0, 256.0).fwhm
+
+
+def test_expected_significance_counts_the_light_underneath(exposures):
+    """Of two transients of one flux, that on a bright source is worth less."""
+    _, _, truth = plant(*exposures, same_grid, np.random.default_rng(4), n=40)
+    varies = truth["kind"] == "variable"
+    per_flux = truth["snr"] / np.abs(truth["flux"])
+    assert np.median(per_flux[varies]) < 0.9 * per_flux[~varies].max()
+    assert truth["snr"].min() >= 6
+
+
 def test_the_pipeline_finds_most_and_labels_them(planted):
     """A case through the pipeline: nearly all planted are found and called real, defects bogus, nothing in between."""
     new, ref, truth = planted
-    found = harvest(Case("case", "group", new, (ref,), truth))
-    assert isinstance(found, Harvest)
-    assert found.real.sum() >= 0.8 * len(truth)
-    assert (~found.real).sum() > 5
+    config = Config.from_dict({"detect": {"threshold": 3.75}, "cutouts": {"size": 39}})
+    found = harvest(Case("case", "group", new, (ref,), truth), config)
+    real, table = found.label == REAL, found.table
+    assert real.sum() >= 0.8 * len(truth)
+    assert (found.label[~real] == BOGUS).all()
+    assert (~real).sum() > 5
     assert found.stamps.shape[1:] == (3, 39, 39)
-    assert np.isfinite(found.snr[found.real]).all()
-    assert np.isnan(found.snr[~found.real]).all()
-    assert set(found.kind[~found.real]) == {""}
-    assert set(found.group) == {"group"}
-    assert {region.split("/")[0] for region in found.region} == {"group"}
+    assert np.isfinite(table["planted_snr"][real]).all()
+    assert np.isnan(table["planted_snr"][~real]).all()
+    assert set(table["kind"][~real]) == {""}
+    assert set(table["group"]) == {"group"}
+    assert {region.split("/")[0] for region in table["region"]} == {"group"}
 
 
 def catalogue(*rows):

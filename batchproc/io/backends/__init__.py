@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchproc.errors import ModelError
+from batchproc.io.backends.batches import Slot
 from batchproc.io.backends.edgetpu import is_compiled
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "LITERT",
     "Backend",
     "check_installed",
+    "lacks_runtime",
     "open_backend",
     "provider_for",
     "read_bytes",
@@ -50,6 +52,8 @@ class Backend(Protocol):
 
     provider: str
     """What computes: `CPU`, `CUDA` or another provider of ONNX Runtime, `LITERT`, `EDGETPU`."""
+    slots: Sequence[Slot]
+    """Its inputs, as the file has them."""
 
     def run(self, tensors: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         """Answer to tensors of n rows each (the stamps, then the features where it takes any): n rows, float32.
@@ -84,6 +88,13 @@ def check_installed(path: str | Path) -> None:
         from batchproc.io.backends.litert import require_runtime
 
         require_runtime(path)
+
+
+def lacks_runtime(path: str | Path) -> bool:
+    """Whether it is a TFLite file, and this Python has nothing that runs one; imports nothing."""
+    from batchproc.io.backends.litert import is_installed
+
+    return Path(path).suffix == ".tflite" and not is_installed()
 
 
 @lru_cache(maxsize=8)

@@ -18,7 +18,7 @@ from batchproc.io.backends.batches import Slot, Tensors, check_tensors, in_batch
 from batchproc.io.backends.edgetpu import is_compiled
 from batchproc.learning.integers import dequantise, quantise
 
-__all__ = ["DELEGATE", "LiteRTBackend", "load_runtime", "require_runtime"]
+__all__ = ["DELEGATE", "LiteRTBackend", "is_installed", "load_runtime", "require_runtime"]
 
 #: The library that drives an Edge TPU.
 DELEGATE = "libedgetpu.so.1"
@@ -65,19 +65,19 @@ class LiteRTBackend:
         self._output = self._interpreter.get_output_details()[0]
         for each in (*self._inputs, self._output):
             _check_type(file, each)
-        self._slots = [Slot(each["name"], _signature(each)) for each in self._inputs]
+        self.slots: Sequence[Slot] = [Slot(each["name"], _signature(each)) for each in self._inputs]
         self._rows: int | None = None
         self._lock = Lock()
 
     def run(self, tensors: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         """See `batchproc.io.backends.Backend.run`."""
-        check_tensors(self.file, self._slots, tensors)
+        check_tensors(self.file, self.slots, tensors)
         with self._lock:
-            return in_batches(self._call, tensors, self._slots[0].shape[0])
+            return in_batches(self._call, tensors, self.slots[0].shape[0])
 
     def _call(self, tensors: Tensors) -> NDArray[np.float32]:
         try:
-            if self._slots[0].shape[0] is None:
+            if self.slots[0].shape[0] is None:
                 self._resize(tensors)
             for each, tensor in zip(self._inputs, tensors, strict=True):
                 self._interpreter.set_tensor(each["index"], _encoded(tensor, each))
@@ -125,9 +125,14 @@ def _decoded(answer: NDArray[Any], details: Mapping[str, Any]) -> NDArray[np.flo
 # --- What must be installed -------------------------------------------------------------------------------------------
 
 
+def is_installed() -> bool:
+    """Whether one of the packages is; imports nothing."""
+    return any(map(find_spec, _RUNTIMES))
+
+
 def require_runtime(file: str | Path) -> None:
     """Raise `ModelError` where neither of the packages is installed; imports nothing."""
-    if not any(map(find_spec, _RUNTIMES)):
+    if not is_installed():
         raise _no_runtime(file, "neither of them is installed")
 
 

@@ -14,6 +14,7 @@ from batchproc.io.backends.batches import Slot, Tensors, check_tensors, in_batch
 
 __all__ = ["OnnxBackend", "refuse_two_runtimes"]
 
+_NUMBERS = ("tensor(float)", "tensor(double)", "tensor(float16)")
 _FOR_CUDA = "pip uninstall onnxruntime onnxruntime-gpu; pip install onnxruntime-gpu"
 
 
@@ -34,15 +35,23 @@ class OnnxBackend:
     def __init__(self, file: str, data: bytes, threads: int, provider: str) -> None:
         self.file, self.provider = file, provider
         self.session = _session(file, data, threads, provider)
-        self._slots = [Slot(i.name, tuple(_length(k) for k in i.shape)) for i in self.session.get_inputs()]
+        self.slots: Sequence[Slot] = [
+            Slot(i.name, tuple(_length(k) for k in i.shape)) for i in self.session.get_inputs()
+        ]
+        first = self.session.get_outputs()[0]
+        if first.type not in _NUMBERS:
+            raise ModelError(
+                f"{file}: its first output {first.name} is {first.type}; expected {' or '.join(_NUMBERS)}, the "
+                f"probabilities. Write the file without labels and ZipMap, the probabilities first"
+            )
 
     def run(self, tensors: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
         """See `batchproc.io.backends.Backend.run`."""
-        check_tensors(self.file, self._slots, tensors)
-        return in_batches(self._call, tensors, self._slots[0].shape[0])
+        check_tensors(self.file, self.slots, tensors)
+        return in_batches(self._call, tensors, self.slots[0].shape[0])
 
     def _call(self, tensors: Tensors) -> NDArray[np.float32]:
-        given = {slot.name: tensor for slot, tensor in zip(self._slots, tensors, strict=True)}
+        given = {slot.name: tensor for slot, tensor in zip(self.slots, tensors, strict=True)}
         try:
             return np.asarray(self.session.run(None, given)[0], dtype=np.float32)
         except Exception as error:  # ONNX Runtime's exceptions share no base class

@@ -1,0 +1,167 @@
+"""The learner of networks: new ones, and such that go on from a model that there is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from batchproc.errors import UsageError
+from batchproc.io.cards import InputCard
+from batchproc.learning.inputs import CHANNELS
+from batchproc.training.examples import BOGUS, REAL, Examples
+from batchproc.training.settings import TrainSettings
+from batchproc.training.train import Learnt
+
+__all__ = ["Prepared", "check_torch", "learn"]
+
+#: Stamps prepared at a time where all are looked at.
+_CHUNK = 4096
+
+
+class Prepared:
+    """Normalised stamps ``(n, 3, size, size)``, made when they are asked for: only the raw ones are held.
+
+    Parameters
+    ----------
+    stamps : ndarray (m, 3, h, w)
+    card : InputCard
+    rows : ndarray (n,) of int
+        Those that are meant.
+    """
+
+    def __init__(self, stamps: NDArray[np.float32], card: InputCard, rows: NDArray[np.intp]) -> None:
+        self._stamps, self._rows, self._card = stamps, rows, replace(card, layout="NCHW")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: Any) -> NDArray[np.float32]:
+        return self._card.prepare(self._stamps[self._rows[rows]])[0]
+
+
+def learn(
+    train: Examples,
+    valid: Examples,
+    *,
+    classes: Sequence[str],
+    folder: Path,
+    settings: TrainSettings,
+    quiet: bool,
+) -> Learnt:
+    """Fit a network (a `Learner`).
+
+    Raises
+    ------
+    UsageError
+        PyTorch is not installed; no such network; too few stamps that can be scored.
+    ModelError
+        A base that cannot be continued from.
+    """
+    torch = check_torch()
+    from batchproc.training.fit import export_onnx, fit
+    from batchproc.training.networks import new_network, recipe_of
+
+    torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    outputs = len(classes)
+    if settings.base:
+        from batchproc.training.continued import continue_from
+
+        card, net, notes = continue_from(settings, classes, train)
+    else:
+        recipe = recipe_of(settings.network)
+        card = InputCard(
+            size=settings.size or recipe.size,
+            normalisation=settings.normalisation or recipe.normalisation,
+            layout=settings.layout or "NCHW",
+            features=settings.features,
+        )
+        net = new_network(settings.network, card.size, outputs, _features(train, card, _usable(train, card)))
+        notes = {"network": settings.network}
+    fitted = _labelled("train", train, card, classes), _labelled("valid", valid, card, classes)
+    # What is swapped is the first two channels.
+    config = replace(settings, swap=settings.swap and card.channels == CHANNELS)
+    history = fit(net, *fitted, config=config, head=net.head if settings.base else None, progress=not quiet)
+    export_onnx(
+        net,
+        folder / "model.onnx",
+        card.size,
+        len(card.channels),
+        layout=card.layout,
+        n_features=len(card.features),
+        several=outputs > 1,
+    )
+    table = pd.DataFrame(
+        {
+            "epoch": np.arange(1, len(history.valid_loss) + 1),
+            "train_loss": history.train_loss,
+            "valid_loss": history.valid_loss,
+            "valid_auc_pr": history.valid_auc_pr,
+        }
+    )
+    return Learnt(
+        files={"float": "model.onnx"},
+        input=card,
+        notes={
+            **notes,
+            "parameters": sum(p.numel() for p in net.parameters()),
+            "epochs": history.best_epoch + 1,
+            "torch": str(torch.__version__),
+        },
+        history=table,
+        best_epoch=history.best_epoch + 1,
+        interrupted=history.interrupted,
+    )
+
+
+def check_torch() -> Any:
+    """The package; raises `UsageError` saying what to install where it is not there."""
+    try:
+        import onnx  # noqa: F401  # the exporter of torch needs it
+        import torch
+    except ImportError as error:
+        raise UsageError(
+            f"to train a network, install what that needs: pip install 'batchproc[train]' ({error})"
+        ) from None
+    return torch
+
+
+def _labelled(name: str, examples: Examples, card: InputCard, classes: Sequence[str]) -> Any:
+    """Tensors and truth of what can be scored."""
+    from batchproc.training.fit import Labelled
+
+    rows = _usable(examples, card)
+    label = examples.label[rows]
+    wanted = [REAL, BOGUS] if tuple(classes) == (REAL,) else list(classes)
+    missing = [one for one in wanted if not (label == one).any()]
+    if missing:
+        raise UsageError(
+            f"the part {name}: {len(rows)} of {len(examples)} examples can be scored (data in enough of the stamp, "
+            f"finite features), and none is {' or '.join(missing)}"
+        )
+    truth = label == REAL if len(classes) == 1 else np.searchsorted(np.asarray(classes), label)
+    return Labelled(Prepared(examples.stamps, card, rows), truth, _features(examples, card, rows))
+
+
+def _usable(examples: Examples, card: InputCard) -> NDArray[np.intp]:
+    """Rows of which a model with this card would give a score."""
+    scored = np.zeros(len(examples), np.bool_)
+    for k in range(0, len(examples), _CHUNK):
+        scored[k : k + _CHUNK] = card.prepare(examples.stamps[k : k + _CHUNK])[1]
+    if card.features:
+        scored &= np.isfinite(_columns(examples, card)).all(axis=1)
+    return np.flatnonzero(scored)
+
+
+def _features(examples: Examples, card: InputCard, rows: NDArray[np.intp]) -> NDArray[np.float32] | None:
+    return _columns(examples, card)[rows] if card.features else None
+
+
+def _columns(examples: Examples, card: InputCard) -> NDArray[np.float32]:
+    return examples.table[list(card.features)].to_numpy(np.float32, na_value=np.nan)
