@@ -209,7 +209,7 @@ _MODELS = "models.json"
 def _parts_of(target: Path, models: Sequence[Model]) -> Iterator[Path]:
     """The folder of a table's parts, for this driver alone: made, or that of an earlier call with the same models."""
     folder = target.with_name(f"{target.name}.parts")
-    asked = json.dumps({model.name: [model.hash, model.version] for model in models}, sort_keys=True)
+    asked = json.dumps({model.name: [model.fingerprint, model.version] for model in models}, sort_keys=True)
     with our_disk(folder.parent):
         folder.mkdir(exist_ok=True)
         with one_driver(folder, folder / "heartbeat.json"):
@@ -220,8 +220,8 @@ def _parts_of(target: Path, models: Sequence[Model]) -> Iterator[Path]:
             elif record.read_text() != asked:
                 raise UsageError(
                     f"{folder}: has parts of {target} by other models ({', '.join(json.loads(record.read_text()))}; "
-                    f"now {', '.join(model.name for model in models)}); give those again, or remove the folder, or "
-                    "choose another --out"
+                    f"now {', '.join(model.name for model in models)}) or by these with other files or cards; give "
+                    "those again, or remove the folder, or choose another --out"
                 )
             yield folder
 

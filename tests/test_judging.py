@@ -196,7 +196,9 @@ def test_all_models_of_a_run_are_judged(run):
     images, names = (np.array(part, object) for part in zip(*rows, strict=True))
     for model, classes in (("multi", ("real", "bogus")), ("types", ("sn", "agn"))):
         (path.scores / model).mkdir(parents=True)
-        about = SimpleNamespace(name=model, version="1", hash="a" * 64, normalisation="none", classes=classes)
+        about = SimpleNamespace(
+            name=model, version="1", hash="a", fingerprint="a", normalisation="none", classes=classes
+        )
         values = np.random.default_rng(0).uniform(size=(len(rows), 2)).astype(np.float32)
         write_scores(path.scores / model / "0.parquet", images, names, values, about)
         if model == "multi":

@@ -168,7 +168,7 @@ def run(tmp_path):
     path = RunFolder(tmp_path / "run")
     images, names = (catalogue[name].to_numpy(object) for name in ("image_id", "candidate_id"))
     (path.scores / "types").mkdir(parents=True)
-    about = SimpleNamespace(name="types", version="1", hash="a" * 64, normalisation="none", classes=CLASSES)
+    about = SimpleNamespace(name="types", version="1", hash="a", fingerprint="a", normalisation="none", classes=CLASSES)
     scores = np.random.default_rng(0).dirichlet(np.ones(3), len(names)).astype(np.float32)
     write_scores(path.scores / "types" / "0.parquet", images, names, scores, about)
     return tmp_path / "run", tmp_path / "truth.csv"

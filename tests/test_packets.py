@@ -255,6 +255,9 @@ def test_parts_of_other_models_or_files_are_not_taken(night, models, tmp_path, m
     assert len(list(out.with_name("scores.parquet.parts").glob("*.parquet"))) == 3
     with pytest.raises(UsageError, match=r"by other models .*toy.*give those again, or remove the folder"):
         score(night, models[:1], out)
+    again = make_model(tmp_path / "again", input=InputCard(size=5, normalisation="min-max"))  # toy's file
+    with pytest.raises(UsageError, match="by these with other files or cards"):
+        score(night, [again, models[1]], out)
     (night / "0.avro").write_bytes(packet(record(77, stamp_of(7))))
     (night / "4.avro").unlink()
     assert score(night, models, out).alerts == 4
