@@ -186,6 +186,25 @@ def test_an_event_is_left_out_with_what_lies_at_its_place(tmp_path):
     assert one.table["place"][0] < one.ranking.n_list / 3  # most others of its kind were learnt from
 
 
+@pytest.mark.parametrize("group", ["object", "sky"])
+def test_other_epochs_of_an_object_are_not_learnt_from(group):
+    """Which its group tells, also where one epoch is bogus; but not what merely lies in the same field."""
+    made = examples()
+    real = np.flatnonzero(made.label == "real")
+    names = np.array([f"bogus {k}" for k in range(len(made))], object)
+    names[real] = [f"object {k // 4}" for k in range(len(real))]
+    made.label[real[1]] = "bogus"
+    table = made.table.assign(**{"group" if group == "sky" else group: names})
+    rows = np.arange(len(made)) == real[0]
+    settings = replace(SETTINGS, group=group)
+    beside = module._beside(Examples(made.stamps, made.label, table), rows, settings)
+    assert np.flatnonzero(beside).tolist() == real[1:4].tolist()
+    placed = table.assign(ra=np.linspace(10, 20, len(made)), dec=0.0)
+    beside = module._beside(Examples(made.stamps, made.label, placed), rows, settings)
+    assert beside.sum() == (0 if group == "sky" else 3)
+    assert not module._beside(made, rows, SETTINGS).any()
+
+
 def test_of_several_classes_it_is_its_own_or_else_not_being_bogus_that_counts(tmp_path):
     """A class that no model knows cannot be asked for."""
     made = examples(several=True)
