@@ -70,7 +70,7 @@ def retrospective(
     plan = Plan(completeness=settings.completeness) if plan is None else plan
     searches = [search for text in leave_out for search in left_out_rows(examples, text)]
     split = split_examples(examples.label, examples.table, settings)
-    _check(examples, split, searches)
+    _check(examples, split, searches, settings)
     told = None
     if control and any((rows & (split.part == "test")).any() for _, rows in searches):
         nothing = np.zeros(len(examples), bool)
@@ -105,13 +105,31 @@ def left_out_rows(examples: Examples, text: str) -> list[tuple[str, NDArray[np.b
     return found
 
 
-def _check(examples: Examples, split: Split, searches: Sequence[tuple[str, NDArray[np.bool_]]]) -> None:
+def _check(
+    examples: Examples, split: Split, searches: Sequence[tuple[str, NDArray[np.bool_]]], settings: TrainSettings
+) -> None:
+    """Raise `UsageError` for any search that could not be trained for: the first ones may take hours."""
     for name, rows in searches:
-        left = sorted(set(examples.label[~rows & np.isin(split.part, ("train", "valid"))]))
+        out = rows | _beside(examples, rows, settings)
+        left = sorted(set(examples.label[~out & np.isin(split.part, ("train", "valid"))]))
         if len(left) < 2:
             raise UsageError(f"--leave-out {name}: only {', '.join(left) or 'nothing'} is left to learn from")
         if (examples.label[rows] == BOGUS).all():
             raise UsageError(f"--leave-out {name}: all of it is bogus; leave out what you would want to find")
+        given, table, as_divided = _given(examples, split, out, settings)
+        try:
+            split_examples(examples.label[given], table, as_divided)
+        except UsageError as error:
+            raise UsageError(f"--leave-out {name}: {error}") from error
+
+
+def _given(
+    examples: Examples, split: Split, out: NDArray[np.bool_], settings: TrainSettings
+) -> tuple[NDArray[np.intp], pd.DataFrame, TrainSettings]:
+    """What a training without the rows `out` is given: rows, their table, and settings that hold out the test part."""
+    given = np.flatnonzero((split.part != "") & ~out)
+    table = examples.table.assign(**{_MEASURED: np.where(split.part == "test", "yes", "no")})
+    return given, table.iloc[given].reset_index(drop=True), replace(settings, holdout=(f"{_MEASURED}=yes",))
 
 
 @dataclass(frozen=True)
@@ -128,11 +146,9 @@ def _scores(
     examples: Examples, split: Split, out: NDArray[np.bool_], folder: Path, settings: TrainSettings, quiet: bool
 ) -> _Scores:
     """Train without the rows `out`, and score everything that was not learnt from."""
-    test = split.part == "test"
-    given = np.flatnonzero((split.part != "") & ~out)
-    table = examples.table.assign(**{_MEASURED: np.where(test, "yes", "no")})
-    some = Examples(examples.stamps[given], examples.label[given], table.iloc[given].reset_index(drop=True))
-    trained = train_model(some, folder, replace(settings, holdout=(f"{_MEASURED}=yes",)), overwrite=True, quiet=quiet)
+    given, table, as_divided = _given(examples, split, out, settings)
+    some = Examples(examples.stamps[given], examples.label[given], table)
+    trained = train_model(some, folder, as_divided, overwrite=True, quiet=quiet)
     learnt = np.zeros(len(examples), bool)
     learnt[given[trained.split.part != "test"]] = True
     asked = np.flatnonzero(~learnt)

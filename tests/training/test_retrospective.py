@@ -18,6 +18,7 @@ from batchproc.training import retrospective as module
 from batchproc.training.examples import Examples
 from batchproc.training.retrospective import left_out_rows, retrospective
 from batchproc.training.settings import TrainSettings
+from batchproc.training.splits import split_examples
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skl2onnx")
@@ -108,6 +109,19 @@ def test_what_cannot_be_left_out_is_said_before_anything_is_trained(text, messag
     made.label[made.table["kind"] == "odd"] = "bogus"
     with pytest.raises(UsageError, match=message):
         list(retrospective(made, tmp_path, SETTINGS, [text], QUICK))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_later_search_that_cannot_be_trained_for_is_said_before_the_first(tmp_path, monkeypatch):
+    """What it leaves of a class is in too few groups for the parts."""
+    monkeypatch.setattr(module, "train_model", None)
+    made = examples(several=True)
+    odd = np.flatnonzero(made.label == "odd")
+    made.label[odd[3:]] = "side"  # one left for each part
+    part = split_examples(made.label, made.table, SETTINGS).part
+    learnt = made.table["id"][odd[:3][part[odd[:3]] == "train"][0]]
+    with pytest.raises(UsageError, match=f"--leave-out id={learnt}: the part .* has no odd: odd is in 2 groups"):
+        list(retrospective(made, tmp_path, SETTINGS, ["kind=up", f"id={learnt}"], QUICK))
     assert not list(tmp_path.iterdir())
 
 
