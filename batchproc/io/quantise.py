@@ -32,6 +32,8 @@ FEWEST_STAMPS = 64
 MOST_CALIBRATED = 1000
 #: Stamps that speed is measured on at most.
 MOST_TIMED = 512
+#: Stamps above the threshold from which on the share of them that is lost is judged: of fewer, one or two are too much.
+FEWEST_ABOVE = 40
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ class Agreement:
     largest_difference: float
     mean_difference: float
     """Of the absolute values."""
+    above: int
+    """At or above the threshold in float; of several classes: all."""
     lost: int
     """At or above the threshold in float, below it quantised. Of several classes: those whose most probable one is
     another; one class loses them, and another gains them."""
@@ -136,14 +140,17 @@ def agreement(
     a, b = a[both], b[both]
     difference = np.abs(a - b)
     if len(classes) > 1:
+        above = len(a)
         lost = gained = int(np.sum(a.argmax(axis=1) != b.argmax(axis=1)))
     else:
+        above = int(np.sum(a >= threshold))
         lost, gained = int(np.sum((a >= threshold) & (b < threshold))), int(np.sum((a < threshold) & (b >= threshold)))
     named = None if labels is None else np.asarray(labels)[both]
     return Agreement(
         n_stamps=len(a),
         largest_difference=float(difference.max(initial=0.0)),
         mean_difference=float(difference.mean()) if len(a) else float("nan"),
+        above=above,
         lost=lost,
         gained=gained,
         auc_pr_float=None if named is None else _mean_auc_pr(named, a, classes),
@@ -171,6 +178,7 @@ def quantise_model(
     labels: ArrayLike | None = None,
     tolerance: float = 0.01,
     auc_pr_tolerance: float = 0.005,
+    lost_tolerance: float = 0.05,
     seed: int = 0,
 ) -> dict[str, Agreement]:
     """Add 8-bit variants to a model folder, and write on the card how far each agrees with float and how fast all are.
@@ -193,6 +201,9 @@ def quantise_model(
         Largest acceptable mean difference of the scores.
     auc_pr_tolerance : float
         Largest acceptable loss of AUC-PR, where there are labels.
+    lost_tolerance : float
+        Largest acceptable fraction that is lost of the stamps at or above the threshold in float, where these are at
+        least `FEWEST_ABOVE`; of several classes, of all.
     seed : int
         Of the division of the stamps.
 
@@ -205,7 +216,7 @@ def quantise_model(
     ------
     ModelError
         A package that is missing, too few stamps, an operator that a format does not have, a variant of that name that
-        was made otherwise, or scores that differ by more than the tolerance: then nothing is written at all.
+        was made otherwise, or scores that differ by more than a tolerance: then nothing is written at all.
     UsageError
         An unknown format.
     """
@@ -226,7 +237,7 @@ def quantise_model(
     card = replace(card, files={**card.files, **{form.variant: _entry(card, form) for form in chosen}})
     with TemporaryDirectory(dir=folder) as scratch:
         found = dict(_measured(card, exact, made, Path(scratch), others, named))
-    _refuse_harm(card, found, tolerance, auc_pr_tolerance)
+    _refuse_harm(card, found, tolerance, auc_pr_tolerance, lost_tolerance)
     hashes = {}
     for form, data in made.items():
         write_bytes(folder / form.file, data)
@@ -314,12 +325,25 @@ def _speeds(folder: Path, card: ModelCard, stamps: NDArray[np.floating]) -> dict
     return {variant: stamps_per_second(load_model(folder, variant=variant), stamps) for variant in here}
 
 
-def _refuse_harm(card: ModelCard, found: Mapping[str, Agreement], tolerance: float, auc_pr_tolerance: float) -> None:
+def _refuse_harm(
+    card: ModelCard,
+    found: Mapping[str, Agreement],
+    tolerance: float,
+    auc_pr_tolerance: float,
+    lost_tolerance: float,
+) -> None:
     for variant, each in found.items():
         if not each.mean_difference <= tolerance:
             raise ModelError(
                 f"model {card.name}: {variant} differs from float by {each.mean_difference:.4f} on average over "
                 f"{each.n_stamps} stamps (at most {each.largest_difference:.3f}); allowed: {tolerance}. Nothing written"
+            )
+        # A small mean says little of the few near the threshold, and they are what a search is for.
+        if each.above >= FEWEST_ABOVE and each.lost > lost_tolerance * each.above:
+            where = "at the threshold" if len(card.classes) == 1 else "to another class"
+            raise ModelError(
+                f"model {card.name}: {variant} loses {each.lost} of {each.above} stamps {where}, "
+                f"{each.lost / each.above:.1%}; allowed: {lost_tolerance:.1%} (--lost-tolerance). Nothing written"
             )
         lost = (each.auc_pr_float or 0.0) - (each.auc_pr or 0.0)
         if not lost <= auc_pr_tolerance:
