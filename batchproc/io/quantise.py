@@ -6,7 +6,9 @@ Needs the packages ``onnx`` and, for TFLite, ``ai-edge-litert`` (extra ``quantis
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from batchproc.errors import ModelError, UsageError
-from batchproc.io.atomic import write_bytes, write_text
+from batchproc.io.atomic import replacing, write_text
 from batchproc.io.backends import lacks_runtime, provider_for
 from batchproc.io.cards import CARD, ModelCard, read_card
 from batchproc.io.cost import stamps_per_second
@@ -238,15 +240,10 @@ def quantise_model(
     with TemporaryDirectory(dir=folder) as scratch:
         found = dict(_measured(card, exact, made, Path(scratch), others, named))
     _refuse_harm(card, found, tolerance, auc_pr_tolerance, lost_tolerance)
-    hashes = {}
-    for form, data in made.items():
-        write_bytes(folder / form.file, data)
-        hashes[form.variant] = {**card.files[form.variant], "sha256": file_hash(folder / form.file)}
     notes = {form.variant: _notes(form, found[form.variant], len(tensor)) for form in chosen}
-    card = replace(card, files={**card.files, **hashes}, quantisation={**card.quantisation, **notes})
-    write_text(folder / CARD, card.to_toml())
+    card = _write(folder, card, made, notes)
     speed = {variant: round(value) for variant, value in _speeds(folder, card, others[:MOST_TIMED]).items()}
-    write_text(folder / CARD, replace(card, speed=speed).to_toml())
+    write_text(folder / CARD, replace(read_card(folder), speed=speed).to_toml())
     return found
 
 
@@ -314,6 +311,34 @@ def _measured(
         assert provider is not None
         trial = Model(card, str(path), form.variant, file_hash(path), provider=provider)
         yield form.variant, agreement(reference, trial.predict(stamps), card.threshold, labels, card.classes)
+
+
+def _write(
+    folder: Path, measured: ModelCard, made: Mapping[Format, bytes], notes: Mapping[str, Mapping[str, Any]]
+) -> ModelCard:
+    """Write the files and what the card says of them; returns the card.
+
+    What else has been written to the card during the minutes of measuring stays there. All files are on the disk before
+    the first of them takes its place, and the card does so last: one that cannot be written changes nothing.
+    """
+    card = read_card(folder)
+    _check_card(folder, card, tuple(made))
+    if _judged_by(card) != _judged_by(measured):
+        raise ModelError(
+            f"{folder / CARD}: the float file, its input, the classes or the threshold were changed while versions "
+            f"were measured. Nothing written; give the same command again"
+        )
+    new = {form.variant: {**_entry(card, form), "sha256": sha256(data).hexdigest()} for form, data in made.items()}
+    card = replace(card, files={**card.files, **new}, quantisation={**card.quantisation, **notes})
+    with ExitStack() as stack:  # ends in reverse order
+        stack.enter_context(replacing(folder / CARD)).write_text(card.to_toml(), encoding="utf-8")
+        for form, data in made.items():
+            stack.enter_context(replacing(folder / form.file)).write_bytes(data)
+    return card
+
+
+def _judged_by(card: ModelCard) -> tuple[Any, ...]:
+    return card.files["float"], card.input_of("float"), card.classes, card.threshold
 
 
 def _speeds(folder: Path, card: ModelCard, stamps: NDArray[np.floating]) -> dict[str, float]:

@@ -268,6 +268,45 @@ def test_models_that_take_features_or_have_no_float_file_are_refused(tmp_path, t
         quantise_model(toy, stamps_of(), formats=("coreml",))
 
 
+def changing(toy, monkeypatch, **changes):
+    """Someone else writes to the card while versions are being made."""
+    make = FORMATS["tflite"].make
+
+    def made(*args):
+        (toy / "card.toml").write_text(replace(read_card(toy), **changes).to_toml())
+        return make(*args)
+
+    monkeypatch.setitem(FORMATS, "tflite", replace(FORMATS["tflite"], make=made))
+
+
+def test_what_is_written_to_the_card_meanwhile_stays(toy, monkeypatch):
+    """Measuring takes minutes."""
+    changing(toy, monkeypatch, description="Of better words.")
+    monkeypatch.setattr(quantise, "stamps_per_second", lambda model, stamps: set_default(toy, "int8-tflite") or 1.0)
+    quantise_model(toy, stamps_of(), formats=("tflite",))
+    card = read_card(toy)
+    assert (card.description, card.default_variant) == ("Of better words.", "int8-tflite")
+    assert set(card.speed) == {"float", "int8-tflite"}
+
+
+def test_what_was_measured_of_another_model_is_not_written(toy, monkeypatch):
+    """The threshold has been changed meanwhile."""
+    changing(toy, monkeypatch, threshold=0.9)
+    with pytest.raises(ModelError, match=r"the threshold were changed while .* give the same command again"):
+        quantise_model(toy, stamps_of(), formats=("tflite",))
+    assert set(contents(toy)) == {"model.onnx", "card.toml"}
+
+
+def test_files_and_card_change_together(toy):
+    """Where one of them cannot be written, none is."""
+    quantise_model(toy, stamps_of(), formats=("onnx",))
+    (toy / "model_int8.tflite" / "in the way").mkdir(parents=True)
+    before = {path.name: path.read_bytes() for path in toy.iterdir() if path.is_file()}
+    with pytest.raises(OSError):  # noqa: PT011, the words are those of the system
+        quantise_model(toy, stamps_of(300, 7), formats=("onnx", "tflite"), seed=3)
+    assert {path.name: path.read_bytes() for path in toy.iterdir() if path.is_file()} == before
+
+
 @pytest.mark.parametrize(("missing", "format_"), [("onnx", "onnx"), ("onnx", "tflite"), ("ai_edge_litert", "tflite")])
 def test_what_is_not_installed_is_said(toy, monkeypatch, missing, format_):
     """With the line that installs it."""
