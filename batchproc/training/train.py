@@ -7,7 +7,6 @@ fitted to examples is up to a `Learner`.
 from __future__ import annotations
 
 import importlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,7 +43,8 @@ __all__ = [
 
 #: Kind of classifier → the module whose ``learn`` is its `Learner`; imported when asked for.
 LEARNERS = {"network": "batchproc.training.neural", "forest": "batchproc.training.forest"}
-_MADE = ("config.toml", "split.parquet", "history.csv", "curves.png", "model")
+_BESIDE = ("config.toml", "split.parquet", "history.csv", "curves.png")
+_MADE = (*_BESIDE, "model")
 
 
 @dataclass(frozen=True)
@@ -168,9 +168,7 @@ def train_model(
     check_room(folder, overwrite)
     classes = check_examples(examples, settings)
     split = split_examples(examples.label, examples.table, settings)
-    _make_room(folder)
-    write_text(folder / "config.toml", settings.to_toml())
-    _write_split(folder / "split.parquet", examples, split)
+    folder.mkdir(parents=True, exist_ok=True)
     parts = {name: examples.view(split.rows(name)) for name in PARTS}
     learn: Learner = importlib.import_module(LEARNERS[settings.kind]).learn
     with replacing(folder / "model") as temporary:
@@ -180,7 +178,11 @@ def train_model(
         )
         card = _card(temporary, learnt, classes, parts, settings)
         card = _measured(temporary, card, parts, split, settings)
-    _write_history(folder, learnt)
+        # A former training, which may be the base of this one, stays whole until here; its model is replaced last.
+        _remove_former(folder)
+        write_text(folder / "config.toml", settings.to_toml())
+        _write_split(folder / "split.parquet", examples, split)
+        _write_history(folder, learnt)
     return Trained(
         folder=folder,
         model_folder=folder / "model",
@@ -226,12 +228,10 @@ def check_room(out: str | Path, overwrite: bool) -> None:
         raise UsageError(f"{out}: holds a trained model already; another folder, or --overwrite to train it anew")
 
 
-def _make_room(folder: Path) -> None:
-    """Remove what a former training made, and nothing else."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in _MADE:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+def _remove_former(folder: Path) -> None:
+    """Remove what a former training left beside its model, which `replacing` exchanges."""
+    for name in _BESIDE:
+        (folder / name).unlink(missing_ok=True)
 
 
 def check_examples(examples: Examples, settings: TrainSettings) -> tuple[str, ...]:

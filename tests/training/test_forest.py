@@ -167,6 +167,47 @@ def test_training_makes_a_model_of_features_alone(trained):
     assert np.flatnonzero(np.isnan(scores)).tolist() == [7]
 
 
+def test_a_former_training_stays_whole_until_the_new_one_is(tmp_path, monkeypatch):
+    """Trained anew, it may be continued from; what fails leaves it as it was, and the model comes last."""
+    table, label = table_of(300)
+    table["group"] = [f"field {k % 20}" for k in range(len(table))]
+    examples = Examples(np.zeros((len(table), 3, 1, 1), np.float32), label, table)
+    out, wanted = tmp_path / "out", TrainSettings(kind="forest", trees=3, resamples=5)
+    base = train_model(examples, out, wanted, quiet=True).model_folder
+
+    def read():
+        return {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+    before = read()
+
+    def failing(*_):
+        raise UsageError("stopped")
+
+    monkeypatch.setattr("batchproc.training.train._measured", failing)
+    with pytest.raises(UsageError, match="stopped"):
+        train_model(examples, out, replace(wanted, seed=1), overwrite=True, quiet=True)
+    assert read() == before
+    monkeypatch.undo()
+    found = train_model(examples, out, replace(wanted, seed=1, base=str(base)), overwrite=True, quiet=True)
+    assert "base_on_the_same" in found.card.training
+    assert TrainSettings.from_toml(out / "config.toml").seed == 1
+
+
+def test_the_model_comes_last(tmp_path, monkeypatch):
+    """Where what stands beside it cannot be written, there is no model that looks finished."""
+    table, label = table_of(300)
+    table["group"] = [f"field {k % 20}" for k in range(len(table))]
+    examples = Examples(np.zeros((len(table), 3, 1, 1), np.float32), label, table)
+
+    def failing(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("batchproc.training.train._write_history", failing)
+    with pytest.raises(OSError, match="disk full"):
+        train_model(examples, tmp_path, TrainSettings(kind="forest", trees=3, resamples=5), quiet=True)
+    assert not (tmp_path / "model").exists()
+
+
 def test_features_that_are_not_there_are_said_before_anything_is_done(tmp_path):
     """A column in a term is a column."""
     table, label = table_of(50)
