@@ -85,8 +85,8 @@ def learn(
         net = new_network(settings.network, card.size, outputs, _features(train, card, _usable(train, card)))
         notes = {"network": settings.network}
     fitted = _labelled("train", train, card, classes), _labelled("valid", valid, card, classes)
-    # What is swapped is the first two channels.
-    config = replace(settings, swap=settings.swap and card.channels == CHANNELS)
+    # What is swapped is the first two channels; features are of the epochs as they were, and would contradict them.
+    config = replace(settings, swap=settings.swap and card.channels == CHANNELS and not card.features)
     history = fit(net, *fitted, config=config, head=net.head if settings.base else None, progress=not quiet)
     export_onnx(
         net,

@@ -126,6 +126,18 @@ def test_several_classes_with_features(tmp_path, layout):
     assert table["macro_f1_interval"][0] <= table["macro_f1"] <= table["macro_f1_interval"][1]
 
 
+@pytest.mark.parametrize(("features", "swapped"), [((), True), (("hint",), False)])
+def test_epochs_are_exchanged_only_where_no_feature_contradicts(tmp_path, monkeypatch, features, swapped):
+    """Features of the epochs as they were go with stamps as they were."""
+    from batchproc.training import fit
+
+    found = []
+    monkeypatch.setattr(fit, "swap_epochs", lambda stamps, _: found.append(1) or stamps)
+    settings = replace(SETTINGS, features=features, epochs=1, resamples=2)
+    train_model(toys(120, 14), tmp_path / "out", settings, quiet=True)
+    assert bool(found) == swapped
+
+
 def test_few_labels_improve_a_model_elsewhere(trained, tmp_path):
     """Where hot pixels are as broad as the base has never seen them, eighty labels help; the card names the base."""
     domain = {"broad": (1.2, 1.3), "sharp": 0.8}
