@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from batchproc.errors import UsageError
 from batchproc.io.cards import InputCard
+from batchproc.learning.classes import class_numbers
 from batchproc.learning.inputs import CHANNELS
 from batchproc.training.examples import BOGUS, REAL, Examples
 from batchproc.training.settings import TrainSettings
@@ -145,7 +146,7 @@ def _labelled(name: str, examples: Examples, card: InputCard, classes: Sequence[
             f"the part {name}: {len(rows)} of {len(examples)} examples can be scored (data in enough of the stamp, "
             f"finite features), and none is {' or '.join(missing)}"
         )
-    truth = label == REAL if len(classes) == 1 else np.searchsorted(np.asarray(classes), label)
+    truth = label == REAL if len(classes) == 1 else class_numbers(label, classes)
     return Labelled(Prepared(examples.stamps, card, rows), truth, _features(examples, card, rows))
 
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from batchproc import __version__
 from batchproc.errors import UsageError
 from batchproc.io.atomic import replacing, write_bytes, write_text
-from batchproc.io.cards import CARD, InputCard, ModelCard, check_card
-from batchproc.io.models import Model, file_hash, load_model
+from batchproc.io.cards import CARD, InputCard, ModelCard, check_card, read_card
+from batchproc.io.models import Model, file_hash, find_model, load_model
 from batchproc.learning.evaluate import threshold_for_completeness
 from batchproc.training.examples import BOGUS, REAL, Examples, is_binary
 from batchproc.training.multiclass import measure_classes
@@ -166,7 +166,7 @@ def train_model(
     """
     folder = Path(out)
     check_room(folder, overwrite)
-    classes = check_examples(examples, settings)
+    classes = _as_in_base(check_examples(examples, settings), settings)
     split = split_examples(examples.label, examples.table, settings)
     folder.mkdir(parents=True, exist_ok=True)
     parts = {name: examples.view(split.rows(name)) for name in PARTS}
@@ -244,6 +244,12 @@ def check_examples(examples: Examples, settings: TrainSettings) -> tuple[str, ..
         if not pd.api.types.is_numeric_dtype(examples.table[name]):
             raise UsageError(f"feature {name!r}: the column holds {examples.table[name].dtype} values, not numbers")
     return classes
+
+
+def _as_in_base(classes: tuple[str, ...], settings: TrainSettings) -> tuple[str, ...]:
+    """In the order of the base where it has the same ones, so that its last layer can go on."""
+    known = read_card(find_model(settings.base)).classes if settings.base else ()
+    return known if sorted(known) == sorted(classes) else classes
 
 
 def _write_split(path: Path, examples: Examples, split: Split) -> None:

@@ -17,6 +17,7 @@ from batchproc.io.models import load_model
 from batchproc.job import classify
 from batchproc.training.examples import Examples
 from batchproc.training.forest import ForestConfig, fit_forest
+from batchproc.training.multiclass import measure_classes
 from batchproc.training.settings import TrainSettings
 from batchproc.training.terms import LIMIT, TERMS, columns_of, compute, parse, to_onnx
 from batchproc.training.train import train_model
@@ -138,6 +139,14 @@ def test_rows_that_lack_a_feature_are_not_learnt_from():
     np.testing.assert_array_equal(*(forest.predict(table) for forest in forests))
     with pytest.raises(UsageError, match="found nothing among 0 of 400 candidates that have all of scorr"):
         fit_forest(table.assign(chi2=np.inf), label)
+
+
+def test_classes_are_measured_in_the_order_of_the_scores():
+    """Scores that are right are right in any order."""
+    label = np.array(["a", "b", "c"] * 5)
+    table = measure_classes("toys", label, np.eye(3)[[1, 2, 0] * 5], classes=("c", "a", "b"), resamples=2)
+    assert table["macro_f1"] == 1
+    assert table["n"] == {"c": 5, "a": 5, "b": 5}
 
 
 # --- As a model -------------------------------------------------------------------------------------------------------

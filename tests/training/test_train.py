@@ -313,6 +313,22 @@ def test_a_network_of_others_is_read_and_goes_on(tmp_path, layout, training):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_same_classes_keep_the_order_and_the_last_layer_of_the_base(tmp_path):
+    """Whatever the alphabet says; each example counts for its own class."""
+    from batchproc.training.neural import _labelled
+
+    base = model_of(small_net(), tmp_path / "base")
+    (base / CARD).write_text(read_card(base).to_toml().replace('"a",\n    "b",', '"b",\n    "a",'))
+    examples = toys(120, 11, classes=("a", "b"))
+    settings = replace(SETTINGS, base=str(base), epochs=1, resamples=2)
+    card = train_model(examples, tmp_path / "out", settings, quiet=True).card
+    assert (card.classes, card.training["last_layer"]) == (("b", "a"), "continued")
+    assert set(card.training["base_on_the_same"]) > {"macro_f1"}
+    truth = _labelled("train", examples, card.input, card.classes).truth
+    np.testing.assert_array_equal(truth, examples.label == "a")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_an_operator_that_is_not_known_is_named(tmp_path):
     """As is an end that is no dense layer, and a file that is quantised."""
     from torch import nn
