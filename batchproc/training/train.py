@@ -134,7 +134,7 @@ class Trained:
         for table in self.card.metrics:
             lines += _say(table, self.card.training.get("base_on_the_same", {}))
         if not self.card.metrics:
-            lines.append("not measured: the test part has one class only")
+            lines.append("not measured: what has a score in the test part is of one class")
         files = ", ".join(name for name in _MADE if (self.folder / name).exists())
         lines += [f"in {self.folder}: {files}", f"next: batchproc models add {self.model_folder} --name NAME"]
         return "\n".join(lines)
@@ -307,12 +307,17 @@ def _measured(
     if card.classes == (REAL,):
         valid = parts["valid"]
         scores = _scores(load_model(folder), valid)
-        scored = np.isfinite(scores)
+        scored = _scored(scores)
+        if not _measurable(valid, scores):
+            raise UsageError(
+                f"the part valid: {scored.sum()} of {len(scored)} examples have a score, and of real and bogus both "
+                "are needed to choose the threshold; give more examples that have all features, or a larger valid"
+            )
         threshold = threshold_for_completeness(valid.label[scored] == REAL, scores[scored], settings.completeness)
         card = replace(card, threshold=float(np.floor(threshold * 1e6) / 1e6))
     test = parts["test"]
-    if len(set(test.label)) > 1:
-        scores = _scores(load_model(folder), test)
+    scores = _scores(load_model(folder), test)
+    if _measurable(test, scores):
         group = split.group[split.rows("test")]
         card = replace(card, metrics=(_metrics(card, test, scores, group, settings),))
         card = replace(card, training={**card.training, **_base_metrics(card, test, group, settings)})
@@ -327,6 +332,16 @@ def _scores(model: Model, examples: Examples) -> NDArray[np.float32]:
     return model.predict(examples.stamps if model.takes_stamps else None, features)
 
 
+def _measurable(examples: Examples, scores: NDArray[np.float32]) -> bool:
+    """Whether two classes are among what has a score."""
+    return len(set(examples.label[_scored(scores)])) > 1
+
+
+def _scored(scores: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Of ``(n,)`` or ``(n, classes)``, the rows that have a score."""
+    return np.asarray(np.isfinite(scores).all(axis=tuple(range(1, scores.ndim))))
+
+
 def _base_metrics(
     card: ModelCard, test: Examples, group: NDArray[np.str_], settings: TrainSettings
 ) -> dict[str, dict[str, Any]]:
@@ -334,7 +349,10 @@ def _base_metrics(
     if not settings.base or load_model(settings.base).classes != card.classes:
         return {}
     base = load_model(settings.base, variant="float")
-    found = _metrics(base.card, test, _scores(base, test), group, settings)
+    scores = _scores(base, test)
+    if not _measurable(test, scores):
+        return {}
+    found = _metrics(base.card, test, scores, group, settings)
     told = {key: value for key, value in found.items() if key.startswith(("auc_pr", "bogus_removed_at", "macro_f1"))}
     return {"base_on_the_same": told}
 
@@ -345,7 +363,7 @@ def _metrics(
     on = (
         f"held out: {', '.join(settings.holdout)}" if settings.holdout else "the test part, its groups never trained on"
     )
-    groups = None if len(np.unique(group)) < 2 or settings.group == "none" else group
+    groups = None if len(np.unique(group[_scored(scores)])) < 2 or settings.group == "none" else group
     common: dict[str, Any] = {"groups": groups, "resamples": settings.resamples}
     if card.classes == (REAL,):
         selection = f"{REAL} against {BOGUS}, as labelled"
@@ -369,6 +387,7 @@ def _say(table: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[str]:
             "auc_pr": "AUC-PR at 1:1",
             "bogus_removed_at_99_completeness": "bogus removed, 99 % complete",
             "completeness": f"real kept at {table['threshold']:.4g}",
+            **({"completeness_of_all": "  of all real, scored or not"} if table["n_not_scored"] else {}),
             "bogus_removed": f"bogus removed at {table['threshold']:.4g}",
         }
     else:

@@ -18,7 +18,9 @@ from batchproc.job import classify
 from batchproc.training.examples import Examples
 from batchproc.training.forest import ForestConfig, fit_forest
 from batchproc.training.multiclass import measure_classes
+from batchproc.training.report import measure
 from batchproc.training.settings import TrainSettings
+from batchproc.training.splits import split_examples
 from batchproc.training.terms import LIMIT, TERMS, columns_of, compute, parse, to_onnx
 from batchproc.training.train import train_model
 from tests import _runs
@@ -174,6 +176,34 @@ def test_training_makes_a_model_of_features_alone(trained):
     table.loc[7, "ref_flux"] = np.nan
     scores = model.predict(None, table[list(card.input.features)])
     assert np.flatnonzero(np.isnan(scores)).tolist() == [7]
+
+
+@pytest.mark.parametrize("part", ["valid", "test"])
+def test_a_part_without_scores_is_said(tmp_path, part):
+    """Without a scored real one in valid there is no threshold; in test, nothing to measure."""
+    table, label = table_of(300)
+    table["group"] = [f"field {k % 20}" for k in range(len(table))]
+    wanted = TrainSettings(kind="forest", trees=3, resamples=5)
+    rows = split_examples(label, table, wanted).rows(part)
+    table.loc[rows[label[rows] == "real"], "chi2"] = np.nan
+    examples = Examples(np.zeros((len(table), 3, 1, 1), np.float32), label, table)
+    if part == "test":
+        found = train_model(examples, tmp_path, wanted, quiet=True)
+        assert found.card.metrics == ()
+        assert "what has a score in the test part is of one class" in found.text()
+        return
+    with pytest.raises(UsageError, match=r"the part valid: \d+ of \d+ examples have a score"):
+        train_model(examples, tmp_path, wanted, quiet=True)
+
+
+def test_real_ones_without_a_score_are_lost():
+    """The card says completeness of those that have one, and of all."""
+    real = np.arange(40) % 2 == 0
+    scores = np.where(real, 0.9, 0.1)
+    scores[:8] = np.nan
+    table = measure("toys", "all", real, scores, threshold=0.5, resamples=10)
+    assert (table["completeness"], table["completeness_of_all"]) == (1, 0.8)
+    assert table["completeness_of_all_interval"][0] <= 0.8 <= table["completeness_of_all_interval"][1]
 
 
 def test_a_former_training_stays_whole_until_the_new_one_is(tmp_path, monkeypatch):
