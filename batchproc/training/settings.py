@@ -42,8 +42,8 @@ class FitConfig:
     augment: bool = True
     """Turn and mirror the stamps at random, the eight ways of a square."""
     swap: bool = True
-    """Of real or bogus, and of nothing else: exchange new and reference, and the sign of the difference, at random.
-    Subtraction is antisymmetric."""
+    """Of real or bogus on stamps alone (no features), and of nothing else: exchange new and reference, and the sign of
+    the difference, at random. Subtraction is antisymmetric."""
     freeze: bool = False
     """Of a model that is continued, fit the last layer only."""
     head_epochs: int = 3
