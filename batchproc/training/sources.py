@@ -22,9 +22,10 @@ from batchproc.io.catalogue import open_catalogue
 from batchproc.io.run_folder import RunFolder
 from batchproc.io.stamps import open_stamps
 from batchproc.judging.candidates import label_run
+from batchproc.label_tables import table_labels
 from batchproc.learning.inputs import crop_or_pad
 from batchproc.training.examples import BOGUS, REAL, Examples
-from batchproc.training.labels import Rule, rule_labels, table_labels
+from batchproc.training.labels import Rule, rule_labels
 
 __all__ = ["Reading", "add_seeing", "at_most", "read_source"]
 
@@ -42,7 +43,7 @@ class Reading:
     size : int
         Side of the stamps to keep; 0: none are read, for models that take features alone.
     labels : Series, optional
-        Identity → class (`labels.read_labels`).
+        Identity → class (`batchproc.label_tables.read_labels`).
     rules : sequence of Rule
     truth : path, optional
         Of runs: known transients, as `batchproc.report.write_report` takes them.
@@ -88,7 +89,7 @@ def read_source(path: str | Path, reading: Reading) -> Examples:
     source = Path(path)
     if source.suffix == ".npz":
         found = _of_set(source, reading)
-    elif source.is_dir() and RunFolder(source).record.is_file():
+    elif RunFolder(source).begun:
         found = _of_run(source, reading)
     else:
         found = _of_alerts(source, reading)

@@ -12,11 +12,12 @@ from batchproc.config import Config
 from batchproc.errors import ConfigError, ExposureError, UsageError
 from batchproc.io.catalogue import open_catalogue
 from batchproc.io.stamps import open_stamps
+from batchproc.label_tables import read_labels, table_labels
 from batchproc.training import injections
 from batchproc.training.examples import Examples
 from batchproc.training.gather import Sources, describe, gather, known_places
 from batchproc.training.injections import Injections, inject_manifest
-from batchproc.training.labels import parse_rules, read_labels, rule_labels, table_labels
+from batchproc.training.labels import parse_rules, rule_labels
 from batchproc.training.settings import TrainSettings
 from batchproc.training.sources import Reading, at_most, read_source
 from tests import _runs
@@ -59,6 +60,7 @@ def test_examples_come_back_from_the_disk(tmp_path):
     [
         ({"stamps": np.zeros((2, 3, 5, 5))}, "expected the arrays stamps, and label or real; found stamps"),
         ({"stamps": np.zeros((2, 3, 5, 5)), "real": np.zeros(3, bool)}, "2 stamps, 3 labels"),
+        ({"stamps": np.zeros((2, 3, 5, 5)), "real": np.array([1, np.nan])}, "real is neither 0 nor 1 in 1 of 2 rows"),
         ({"stamps": np.zeros((2, 5, 5)), "real": np.zeros(2, bool)}, r"expected \(n, 3, h, w\)"),
         ({"stamps": np.zeros((2, 3, 5, 5)), "real": np.zeros(2, bool), "mjd": np.zeros((2, 2))}, "mjd of shape"),
     ],
@@ -108,12 +110,23 @@ def test_people_label_by_any_usual_name(tmp_path):
     assert table_labels(labels, ["99", "12"], ["11", "11"]).tolist() == ["real", "bogus"]
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_identities_are_read_digit_by_digit(tmp_path, suffix):
+    """Also where one of them is missing; a row without a class, or without an identity, says nothing."""
+    ids, path = pd.array([1105522281015015017, None, 7, 8], "Int64"), tmp_path / f"a.{suffix}"
+    table = pd.DataFrame({"candid": ids, "real": pd.array([True, True, None, False], "boolean")})
+    table.to_csv(path, index=False) if suffix == "csv" else table.to_parquet(path)
+    assert read_labels(path).to_dict() == {"1105522281015015017": "real", "8": "bogus"}
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
         ({"name": ["a"], "label": ["real"]}, "needs one of candidate_id, id, candid"),
-        ({"id": ["a"], "real": [2]}, "real is neither 0 nor 1 in some rows, such as 2"),
+        ({"id": ["a"], "real": [2]}, "real is neither 0 nor 1 in 1 of 1 rows, such as 2"),
+        ({"id": ["a", "b"], "real": [1, "no"]}, "real is neither 0 nor 1 in 1 of 2 rows, such as no"),
         ({"id": ["a", "a"], "label": ["x", "y"]}, "a has 2 classes: x, y"),
+        ({"candid": [1105522281015015000, None], "real": [1, 0]}, "candid is rounded in 1 rows, such as 1.1055"),
     ],
 )
 def test_tables_that_say_nothing_clear_are_refused(tmp_path, columns, message):
