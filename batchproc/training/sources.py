@@ -181,22 +181,27 @@ def _handed_over(parts: list[Examples]) -> Iterator[Examples]:
 
 
 def _alert_table(alerts: Alerts) -> pd.DataFrame:
-    """Measurements under ZTF's names, and the columns of `Examples.table`."""
+    """Measurements under the survey's names, and the columns of `Examples.table`."""
     table = pd.DataFrame([dict(candidate) for candidate in alerts.candidate], index=range(len(alerts)))
 
     def column(name: str) -> pd.Series:
         return table[name] if name in table else pd.Series(np.nan, range(len(alerts)))
 
+    def numbers(name: str) -> pd.Series:
+        return column(name).astype(float)
+
+    # Of each survey one of the two is there: ZTF's, or Rubin's.
+    ccd = numbers("rcid").fillna(numbers("detector"))
     return table.assign(
         id=alerts.candid.astype(str),
         group=list(alerts.object_id),
         drb=alerts.drb,
-        ra=column("ra").astype(float),
-        dec=column("dec").astype(float),
-        mjd=column("jd").astype(float) - 2400000.5,
-        filter=column("fid").map(_ZTF_FILTERS).fillna(""),
-        ccd=column("rcid").map(lambda value: "" if pd.isna(value) else str(int(value))),
-        survey="ZTF",
+        ra=numbers("ra"),
+        dec=numbers("dec"),
+        mjd=(numbers("jd") - 2400000.5).fillna(numbers("midpointMjdTai")),
+        filter=column("fid").map(_ZTF_FILTERS).fillna(column("band")).fillna(""),
+        ccd=ccd.map(lambda value: "" if pd.isna(value) else str(int(value))),
+        survey=list(alerts.survey),
     )
 
 

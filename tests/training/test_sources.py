@@ -219,6 +219,20 @@ def test_alert_packets_by_rules_and_by_tables(tmp_path):
         read_source(tmp_path, Reading(size=31, quiet=True))
 
 
+def test_packets_of_rubin_have_its_names(tmp_path):
+    """Survey, time, filter and detector, by which the parts are made alike."""
+    pytest.importorskip("fastavro")
+    from tests.io import _packets, _rubin
+
+    (tmp_path / "a.avro").write_bytes(_rubin.packet(_rubin.record(1, _packets.stamp_of(h=49, w=49), band="i")))
+    (tmp_path / "b.avro").write_bytes(_packets.packet(_packets.record(2, _packets.stamp_of())))
+    table = read_source(tmp_path, Reading(size=9, labels=pd.Series({"1": "SN", "2": "SN"}), quiet=True)).table
+    assert table["survey"].tolist() == ["LSST", "ZTF"]
+    assert table["filter"].tolist() == ["i", "g"]
+    assert table["ccd"].tolist() == ["94", ""]
+    assert table["mjd"].iloc[0] == pytest.approx(60623.26)
+
+
 def test_several_sources_are_one_set(tmp_path):
     """Each row says where it is from; of each at most so many of a class."""
     for k in (1, 2):
