@@ -156,9 +156,15 @@ def _of_alerts(path: Path, reading: Reading) -> Examples:
         return step
 
     n_alerts = 0
+    wanted = {name for rule in reading.rules for name, _, _ in rule.conditions}
+    found: set[str] = set()
     for alerts in show(read_alerts(path), total, "bytes", count=bytes_of, quiet=reading.quiet):
         table = _alert_table(alerts)
-        label = reading.label_of(table, table["id"], table["group"])
+        absent = wanted - set(table)
+        found |= wanted - absent
+        # Text of no value: a rule on it holds for none of these, whether it asks for a number or for a word.
+        asked = table.assign(**dict.fromkeys(absent, pd.Series(None, table.index, object)))
+        label = reading.label_of(asked, table["id"], table["group"])
         readable = np.isfinite(alerts.stamps).any(axis=(1, 2, 3))
         rows = np.flatnonzero((label != "") & readable)
         n_alerts, broken = n_alerts + len(alerts), broken + int((~readable).sum())
@@ -166,6 +172,10 @@ def _of_alerts(path: Path, reading: Reading) -> Examples:
             parts.append(
                 Examples(_cut(alerts.stamps, rows, reading.size), label[rows], table.iloc[rows].reset_index(drop=True))
             )
+    if (absent := wanted - found) and broken < n_alerts:
+        raise UsageError(
+            f"{path}: no alert has {', '.join(sorted(absent))}, for which a rule asks; look at its spelling"
+        )
     reading.notes.append(f"{path}: {sum(map(len, parts))} of {n_alerts} alerts are labelled, {broken} cannot be read")
     if not parts:
         raise UsageError(f"{path}: none of {n_alerts} alerts is labelled")
@@ -191,6 +201,7 @@ def _alert_table(alerts: Alerts) -> pd.DataFrame:
         return column(name).astype(float)
 
     # Of each survey one of the two is there: ZTF's, or Rubin's.
+    ztf = column("fid").map(_ZTF_FILTERS).astype(object)
     ccd = numbers("rcid").fillna(numbers("detector"))
     return table.assign(
         id=alerts.candid.astype(str),
@@ -199,7 +210,7 @@ def _alert_table(alerts: Alerts) -> pd.DataFrame:
         ra=numbers("ra"),
         dec=numbers("dec"),
         mjd=(numbers("jd") - 2400000.5).fillna(numbers("midpointMjdTai")),
-        filter=column("fid").map(_ZTF_FILTERS).fillna(column("band")).fillna(""),
+        filter=ztf.where(ztf.notna(), column("band")).fillna(""),
         ccd=ccd.map(lambda value: "" if pd.isna(value) else str(int(value))),
         survey=list(alerts.survey),
     )

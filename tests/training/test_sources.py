@@ -10,10 +10,11 @@ import pytest
 
 from batchproc.config import Config
 from batchproc.errors import ConfigError, ExposureError, UsageError
+from batchproc.io.alerts import read_alerts
 from batchproc.io.catalogue import open_catalogue
 from batchproc.io.stamps import open_stamps
 from batchproc.label_tables import read_labels, table_labels
-from batchproc.training import injections
+from batchproc.training import injections, sources
 from batchproc.training.examples import Examples
 from batchproc.training.gather import Sources, describe, gather, known_places
 from batchproc.training.injections import Injections, inject_manifest
@@ -217,6 +218,21 @@ def test_alert_packets_by_rules_and_by_tables(tmp_path):
     assert by_table.label.tolist() == ["bogus", "bogus", "AGN", "SN"]  # a person goes before a rule
     with pytest.raises(UsageError, match="alert packets do not say what is real: give a table"):
         read_source(tmp_path, Reading(size=31, quiet=True))
+
+
+def test_rules_pass_over_alerts_that_cannot_be_read(tmp_path, monkeypatch):
+    """A chunk of nothing else has no columns; a column that no alert at all has is an error."""
+    pytest.importorskip("fastavro")
+    from tests.io._packets import packet, record, stamp_of
+
+    monkeypatch.setattr(sources, "read_alerts", lambda path: read_alerts(path, chunk=1))
+    (tmp_path / "0.avro").write_bytes(b"torn")
+    (tmp_path / "1.avro").write_bytes(packet(record(1, stamp_of())))
+    reading = Reading(size=9, rules=parse_rules(["real: fid == 1", "bogus: fid == 2 and objectId == x"]), quiet=True)
+    with pytest.raises(UsageError, match="no alert has objectId, for which a rule asks"):
+        read_source(tmp_path, reading)
+    found = read_source(tmp_path, replace(reading, rules=reading.rules[:1], notes=[]))
+    assert found.label.tolist() == ["real"]
 
 
 def test_packets_of_rubin_have_its_names(tmp_path):
