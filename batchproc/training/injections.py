@@ -21,7 +21,8 @@ from batchproc.config import Config
 from batchproc.display import say, show
 from batchproc.errors import ExposureError, UsageError
 from batchproc.io.images import read_new, read_refs
-from batchproc.io.manifest import entry_digest, read_manifest
+from batchproc.io.manifest import read_manifest
+from batchproc.io.markers import entry_digest, input_digest
 from batchproc.records import ManifestEntry
 from batchproc.training.cases import Case, unpaired_sources
 from batchproc.training.examples import Examples
@@ -68,7 +69,15 @@ class Injections:
 
     def key(self, entry: ManifestEntry) -> str:
         """Tells apart whatever gives other examples."""
-        told = [__version__, entry_digest(entry), self.config.image_digest, self.per_image, self.most, self.seed]
+        told = [
+            __version__,
+            entry_digest(entry),
+            input_digest(entry),
+            self.config.image_digest,
+            self.per_image,
+            self.most,
+            self.seed,
+        ]
         told += self.known_in(entry).round(1).tolist()
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
 

@@ -294,6 +294,16 @@ def test_injections_are_made_once(planted, tmp_path):
     assert Sources((), ["night.csv"], replace(how, config=other)).missing() == 3
 
 
+def test_injections_notice_other_pixels(tmp_path):
+    """An image that was made again, under the name it had, is planted in again."""
+    (tmp_path / "new.fits").write_bytes(b"one")
+    entry, how = replace(_runs.entries("a")[0], new=str(tmp_path / "new.fits")), Injections(tmp_path)
+    before = how.key(entry)
+    assert how.key(entry) == before
+    (tmp_path / "new.fits").write_bytes(b"three")
+    assert how.key(entry) != before
+
+
 def test_what_is_known_to_have_changed_is_no_artefact(run):
     """Known transients of the runs that are learnt from are places of which injections say nothing."""
     entry = _runs.entries("c")[0]
