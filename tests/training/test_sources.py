@@ -266,11 +266,11 @@ def planted(monkeypatch, tmp_path):
     """A manifest of three images, one of which fails; how often each was worked on."""
     worked = []
 
-    def fake(entry, how, number):
+    def fake(entry, how):
         worked.append(entry.image_id)
         if entry.image_id == "bad":
             raise ExposureError("too few stars")
-        return some(4, size=31, seed=number)
+        return some(4, size=31, seed=int(how.random_of(entry).integers(1000)))
 
     monkeypatch.setattr(injections, "_planted", fake)
     monkeypatch.setattr(injections, "read_manifest", lambda path: _runs.entries("a", "bad", "c"))
@@ -292,6 +292,16 @@ def test_injections_are_made_once(planted, tmp_path):
     assert Sources((), ["night.csv"], replace(how, seed=1)).missing() == 3
     other = Config.from_dict({"detect": {"threshold": 5.0}})
     assert Sources((), ["night.csv"], replace(how, config=other)).missing() == 3
+
+
+def test_injections_do_not_depend_on_the_other_images(planted, monkeypatch, tmp_path):
+    """An image has the same ones wherever it stands in a manifest; another image, or seed, has others."""
+    whole = inject_manifest("night.csv", Injections(tmp_path / "one"), quiet=True)
+    monkeypatch.setattr(injections, "read_manifest", lambda path: _runs.entries("c"))
+    alone = inject_manifest("night.csv", Injections(tmp_path / "two"), quiet=True)
+    np.testing.assert_array_equal(alone.stamps, whole.stamps[4:])
+    assert not (alone.stamps == whole.stamps[:4]).any()
+    assert not (inject_manifest("night.csv", Injections(tmp_path, seed=1), quiet=True).stamps == alone.stamps).any()
 
 
 def test_injections_notice_other_pixels(tmp_path):
