@@ -253,7 +253,7 @@ def _marker(folder: Path, share: Share) -> Path:
 
 def _joined(folder: Path, target: Path, models: Sequence[Model], source: str | Path) -> Counter[str]:
     """Join the parts, take their folder away, and count what became of the alerts."""
-    parts = sorted(folder.glob("*.parquet"))
+    parts = sorted(folder.glob("[!.]*.parquet"))
     counts: Counter[str] = Counter()
     for path in parts:
         counts.update(read_part(path).counts)
@@ -306,7 +306,7 @@ class _Progress:
             yield self._new
 
     def _advance(self) -> int:
-        for path in self.folder.glob("*.parquet"):
+        for path in self.folder.glob("[!.]*.parquet"):
             if path.name not in self._seen:
                 self._seen.add(path.name)
                 part = read_part(path)

@@ -277,6 +277,16 @@ def test_workers_share_the_work_out(night, models, tmp_path, dask_executor, monk
         pd.testing.assert_frame_equal(*(pd.read_parquet(tmp_path / f"{n}.parquet") for n in ("serial", "dask")))
 
 
+def test_a_part_that_is_being_written_is_none_yet(night, models, tmp_path):
+    """Who looks at the parts while others write passes over those that have not their name yet."""
+    whole = score(night, models, tmp_path / "whole.parquet")
+    parts = tmp_path / "scores.parquet.parts"
+    parts.mkdir()
+    (parts / ".tmp-0.parquet").write_bytes(b"PAR1 and no more")
+    assert score(night, models, tmp_path / "scores.parquet").text() == whole.text()
+    assert not parts.exists()
+
+
 def test_shares_cover_every_file_once(tmp_path, monkeypatch):
     """Tarballs by themselves, shared out among several workers where there are few of them."""
     monkeypatch.setattr(work_module, "_FILES", 3)

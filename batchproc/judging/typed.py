@@ -171,11 +171,11 @@ def _prefixes(columns: Sequence[str], labels: set[str]) -> list[str]:
 
     One column alone is none: score_a_Ia_SN, where SN is known and Ia_SN is not, is no class SN of a model a_Ia.
     """
-    found = set()
+    found: dict[str, None] = {}  # in the order of the columns
     for rest in (name.removeprefix("score_") for name in columns):
         of_label = max((name for name in labels if rest == name or rest.endswith(f"_{name}")), key=len, default="")
         if of_label:
-            found.add(rest.removesuffix(of_label).removesuffix("_"))
+            found[rest.removesuffix(of_label).removesuffix("_")] = None
     return [model for model in found if sum(name.startswith(_start(model)) for name in columns) > 1]
 
 
