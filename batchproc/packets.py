@@ -209,7 +209,7 @@ _MODELS = "models.json"
 def _parts_of(target: Path, models: Sequence[Model]) -> Iterator[Path]:
     """The folder of a table's parts, for this driver alone: made, or that of an earlier call with the same models."""
     folder = target.with_name(f"{target.name}.parts")
-    asked = json.dumps({model.name: [model.hash, model.version] for model in models}, sort_keys=True)
+    asked = json.dumps({model.name: [model.fingerprint, model.version] for model in models}, sort_keys=True)
     with our_disk(folder.parent):
         folder.mkdir(exist_ok=True)
         with one_driver(folder, folder / "heartbeat.json"):
@@ -220,8 +220,8 @@ def _parts_of(target: Path, models: Sequence[Model]) -> Iterator[Path]:
             elif record.read_text() != asked:
                 raise UsageError(
                     f"{folder}: has parts of {target} by other models ({', '.join(json.loads(record.read_text()))}; "
-                    f"now {', '.join(model.name for model in models)}); give those again, or remove the folder, or "
-                    "choose another --out"
+                    f"now {', '.join(model.name for model in models)}) or by these with other files or cards; give "
+                    "those again, or remove the folder, or choose another --out"
                 )
             yield folder
 
@@ -253,7 +253,7 @@ def _marker(folder: Path, share: Share) -> Path:
 
 def _joined(folder: Path, target: Path, models: Sequence[Model], source: str | Path) -> Counter[str]:
     """Join the parts, take their folder away, and count what became of the alerts."""
-    parts = sorted(folder.glob("*.parquet"))
+    parts = sorted(folder.glob("[!.]*.parquet"))
     counts: Counter[str] = Counter()
     for path in parts:
         counts.update(read_part(path).counts)
@@ -306,7 +306,7 @@ class _Progress:
             yield self._new
 
     def _advance(self) -> int:
-        for path in self.folder.glob("*.parquet"):
+        for path in self.folder.glob("[!.]*.parquet"):
             if path.name not in self._seen:
                 self._seen.add(path.name)
                 part = read_part(path)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +15,7 @@ from batchproc.io.alerts import read_alerts
 from batchproc.io.catalogue import open_catalogue
 from batchproc.io.run_folder import RunFolder
 from batchproc.io.stamps import open_stamps
-from batchproc.report.facts import read_table
+from batchproc.label_tables import read_labels, real_flags, table_labels
 
 __all__ = ["SomeStamps", "some_stamps"]
 
@@ -42,7 +40,8 @@ def some_stamps(source: str | Path, most: int, *, labels: str | Path | None = No
         ``label`` (text) or ``real`` (true, false).
     most : int
     labels : str or Path, optional
-        A table (CSV, Parquet) with ``candidate_id`` (of a run) or ``candid`` (of packets), and ``label`` or ``real``.
+        A table (CSV, Parquet), as of `batchproc.label_tables.read_labels`: by ``candidate_id`` (of a run), by
+        ``candid`` or ``objectId`` (of packets).
     seed : int
 
     Raises
@@ -55,7 +54,7 @@ def some_stamps(source: str | Path, most: int, *, labels: str | Path | None = No
         raise UsageError(f"--labels is for runs and packets; {path} has its labels in its arrays label or real")
     if path.suffix == ".npz":
         found = _of_arrays(path, most, seed)
-    elif path.is_dir() and not any(path.rglob("*.avro")):
+    elif RunFolder(path).begun:
         found = _of_run(path, most, seed, labels)
     else:
         found = _of_packets(path, most, seed, labels)
@@ -76,7 +75,7 @@ def _of_arrays(path: Path, most: int, seed: int) -> SomeStamps:
             stamps = stored["stamps"]
             names = stored["label"].astype(np.str_) if "label" in stored.files else None
             if names is None and "real" in stored.files:
-                names = np.where(stored["real"].astype(bool), "real", "bogus")
+                names = np.where(real_flags(path, pd.Series(stored["real"].ravel())), "real", "bogus")
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"{path}: cannot be read as arrays (.npz): {error}") from error
     if stamps.ndim != 4 or stamps.shape[1] != 3 or (names is not None and names.shape != stamps.shape[:1]):
@@ -87,42 +86,40 @@ def _of_arrays(path: Path, most: int, seed: int) -> SomeStamps:
 
 
 def _of_run(path: Path, most: int, seed: int, labels: str | Path | None) -> SomeStamps:
-    RunFolder.existing(path)
     stamps = open_stamps(path)
     rows = _drawn(len(stamps), most, seed)
     if labels is None:
         return SomeStamps(stamps[rows], None)
     table = open_catalogue(path, columns=["candidate_id", "stamp_index"]).sort_values("stamp_index")
     ids = table["candidate_id"].to_numpy()
-    return SomeStamps(stamps[rows], _looked_up(Path(labels), "candidate_id", ids[rows].astype(str), str))
+    return SomeStamps(stamps[rows], _labelled(labels, ids[rows]))
 
 
 def _of_packets(path: Path, most: int, seed: int, labels: str | Path | None) -> SomeStamps:
     """Drawn while reading (reservoir sampling): how many there are is known at the end."""
     random = np.random.default_rng(seed)
-    kept: list[tuple[int, int, NDArray[np.float32]]] = []
+    kept: list[tuple[int, int, str, NDArray[np.float32]]] = []
     seen = 0
     for alerts in read_alerts(path):
-        for candid, stamp in zip(alerts.candid, alerts.stamps, strict=True):
+        for candid, name, stamp in zip(alerts.candid, alerts.object_id, alerts.stamps, strict=True):
             place = len(kept) if len(kept) < most else int(random.integers(seen + 1))
             if place < most:
-                kept[place : place + 1] = [(seen, int(candid), stamp.copy())]
+                kept[place : place + 1] = [(seen, int(candid), name, stamp.copy())]
             seen += 1
     kept.sort(key=lambda item: item[0])
-    stamps = np.stack([stamp for _, _, stamp in kept]) if kept else np.empty((0, 3, 1, 1), np.float32)
+    stamps = np.stack([stamp for *_, stamp in kept]) if kept else np.empty((0, 3, 1, 1), np.float32)
     if labels is None:
         return SomeStamps(stamps, None)
-    return SomeStamps(stamps, _looked_up(Path(labels), "candid", np.array([candid for _, candid, _ in kept]), int))
+    names = np.array([(str(candid), name) for _, candid, name, _ in kept], np.str_)  # (n, 2)
+    return SomeStamps(stamps, _labelled(labels, *names.T))
 
 
-def _looked_up(path: Path, key: str, ids: NDArray, kind: Callable[[Any], Any]) -> NDArray[np.str_]:
-    table = read_table(path)
-    column = next((name for name in ("label", "real") if name in table), None)
-    if key not in table or column is None:
-        raise UsageError(f"{path}: expected the columns {key}, and label or real; found {', '.join(map(str, table))}")
-    named = table[column].astype(str) if column == "label" else pd.Series(np.where(table["real"], "real", "bogus"))
-    known = dict(zip(table[key].map(kind), named, strict=True))
-    found = np.array([known.get(kind(each), "") for each in ids], np.str_)
+def _labelled(path: str | Path, *identities: NDArray) -> NDArray[np.str_]:
+    labels = read_labels(path)
+    found = table_labels(labels, *identities)
     if not np.any(found != ""):
-        raise UsageError(f"{path}: none of its {len(table)} rows is of one of the {len(ids)} stamps; look at its {key}")
+        raise UsageError(
+            f"{path}: none of its {len(labels)} labels is of one of the {len(found)} stamps, which are named "
+            f"{', '.join(str(each) for names in identities for each in names[:1])} and so on"
+        )
     return found

@@ -102,7 +102,7 @@ def begin(path: Path, *names: str) -> RunFolder:
 class Model:
     """Scores are a hundredth of the row number that the stamp carries."""
 
-    version, hash, normalisation, classes = "1", "0" * 64, "none", ("real",)
+    version, hash, fingerprint, normalisation, classes = "1", "0" * 64, "0" * 64, "none", ("real",)
     card = SimpleNamespace(input=SimpleNamespace(features=()))
     takes_stamps = True
 

@@ -239,7 +239,7 @@ def test_scoring_does_what_is_missing(tmp_path):
     """A second model scores beside the first; a model scores what it has not scored; whole images to a chunk."""
     run(_runs.entries("n3", "n4"), tmp_path / "run", config=_runs.CONFIG, **SERIAL)
     folder = RunFolder(tmp_path / "run")
-    chunks = list(plan_chunks(folder, [SimpleNamespace(name="stub", hash="")], size=3))
+    chunks = list(plan_chunks(folder, [SimpleNamespace(name="stub", hash="", fingerprint="")], size=3))
     assert [[place.image_id for place in chunk.places] for chunk in chunks] == [["n3"], ["n4"]]
     assert classify(folder.path, "stub", **SERIAL).candidates == 7
     assert classify(folder.path, "stub", **SERIAL).candidates == 0

@@ -196,7 +196,9 @@ def test_all_models_of_a_run_are_judged(run):
     images, names = (np.array(part, object) for part in zip(*rows, strict=True))
     for model, classes in (("multi", ("real", "bogus")), ("types", ("sn", "agn"))):
         (path.scores / model).mkdir(parents=True)
-        about = SimpleNamespace(name=model, version="1", hash="a" * 64, normalisation="none", classes=classes)
+        about = SimpleNamespace(
+            name=model, version="1", hash="a", fingerprint="a", normalisation="none", classes=classes
+        )
         values = np.random.default_rng(0).uniform(size=(len(rows), 2)).astype(np.float32)
         write_scores(path.scores / model / "0.parquet", images, names, values, about)
         if model == "multi":
@@ -217,7 +219,7 @@ def test_all_models_of_a_run_are_judged(run):
         ({}, ("--completeness", "0"), "0<x<=1"),
         ({"real": 1}, (), "600 real and 0 bogus"),
         ({"real": 0.5}, (), "neither 0 nor 1 in 600 of 600 rows"),
-        ({"real": "yes"}, (), "such as 'yes'"),
+        ({"real": "yes"}, (), "such as yes"),
         ({"region": 1}, (), "all candidates are of one region"),
         ({"score_good": np.nan}, (), "good: 0 of 600 candidates scored"),
     ],

@@ -136,6 +136,19 @@ def test_a_name_within_a_name_is_not_mistaken_for_it(tmp_path):
     assert n["SN"]["recall"] != n["Ia SN"]["recall"]
 
 
+@pytest.mark.parametrize("name", ["good_", ""])
+def test_answers_of_a_class_that_no_candidate_has_are_wrong(tmp_path, name):
+    """With or without the name of a model, and where that class ends in the name of another."""
+    table = pd.DataFrame({"label": ["SN", "bogus"] * 20, "region": np.arange(40) % 5})
+    table[[f"score_{name}{one}" for one in ("Ia_SN", "SN", "bogus")]] = [[0.8, 0.15, 0.05], [0.8, 0.05, 0.15]] * 20
+    table.to_csv(tmp_path / "scores.csv", index=False)
+    typed = read_typed(tmp_path / "scores.csv")
+    assert typed.knows == {name.rstrip("_") or "score": ("Ia_SN", "SN", "bogus")}
+    assert typed.notes == (f"{name.rstrip('_') or 'score'} has classes of which there is no candidate: Ia_SN",)
+    (found,) = evaluate_classes(typed, tmp_path / "out", QUICK).judgements
+    assert found.values["accuracy sample"].value == 0
+
+
 @pytest.mark.parametrize(
     ("change", "words", "message"),
     [
@@ -168,7 +181,7 @@ def run(tmp_path):
     path = RunFolder(tmp_path / "run")
     images, names = (catalogue[name].to_numpy(object) for name in ("image_id", "candidate_id"))
     (path.scores / "types").mkdir(parents=True)
-    about = SimpleNamespace(name="types", version="1", hash="a" * 64, normalisation="none", classes=CLASSES)
+    about = SimpleNamespace(name="types", version="1", hash="a", fingerprint="a", normalisation="none", classes=CLASSES)
     scores = np.random.default_rng(0).dirichlet(np.ones(3), len(names)).astype(np.float32)
     write_scores(path.scores / "types" / "0.parquet", images, names, scores, about)
     return tmp_path / "run", tmp_path / "truth.csv"

@@ -27,6 +27,7 @@ FLOORS = {
     "finish": 5,
     "job": 5,
     "packets": 5,
+    "label_tables": 5,
     "stamp_sources": 5,
     "submit": 5,
     "completeness": 5,

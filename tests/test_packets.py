@@ -255,6 +255,9 @@ def test_parts_of_other_models_or_files_are_not_taken(night, models, tmp_path, m
     assert len(list(out.with_name("scores.parquet.parts").glob("*.parquet"))) == 3
     with pytest.raises(UsageError, match=r"by other models .*toy.*give those again, or remove the folder"):
         score(night, models[:1], out)
+    again = make_model(tmp_path / "again", input=InputCard(size=5, normalisation="min-max"))  # toy's file
+    with pytest.raises(UsageError, match="by these with other files or cards"):
+        score(night, [again, models[1]], out)
     (night / "0.avro").write_bytes(packet(record(77, stamp_of(7))))
     (night / "4.avro").unlink()
     assert score(night, models, out).alerts == 4
@@ -272,6 +275,16 @@ def test_workers_share_the_work_out(night, models, tmp_path, dask_executor, monk
         found = score(source, models, tmp_path / "dask.parquet", cluster=address, workers=2)
         assert found.text() == "5 alerts: 4 scored, 0 not scored, 1 unreadable"
         pd.testing.assert_frame_equal(*(pd.read_parquet(tmp_path / f"{n}.parquet") for n in ("serial", "dask")))
+
+
+def test_a_part_that_is_being_written_is_none_yet(night, models, tmp_path):
+    """Who looks at the parts while others write passes over those that have not their name yet."""
+    whole = score(night, models, tmp_path / "whole.parquet")
+    parts = tmp_path / "scores.parquet.parts"
+    parts.mkdir()
+    (parts / ".tmp-0.parquet").write_bytes(b"PAR1 and no more")
+    assert score(night, models, tmp_path / "scores.parquet").text() == whole.text()
+    assert not parts.exists()
 
 
 def test_shares_cover_every_file_once(tmp_path, monkeypatch):

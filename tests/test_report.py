@@ -88,7 +88,7 @@ def make_run(path, candidates=(12, 7), failed=(), scores=False, size=15, quality
     gather(folder)
     catalogue = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     if scores:
-        model = SimpleNamespace(name="realbogus", version="2", hash="f" * 64, normalisation="none")
+        model = SimpleNamespace(name="realbogus", version="2", hash="f" * 64, fingerprint="f", normalisation="none")
         values = np.where(catalogue["flags"].to_numpy() == 0, 0.9, 0.1).astype(np.float32)
         (folder.scores / "realbogus").mkdir(parents=True)
         part = folder.scores / "realbogus" / "0.parquet"

@@ -54,6 +54,18 @@ def test_stamps_of_packets_are_drawn_from_all_of_them(tmp_path):
     assert which.max() >= 20
     assert found.labels.tolist() == ["real" if k % 3 == 0 else "bogus" for k in which]
     assert len(some_stamps(tmp_path / "night", 100).stamps) == 40
+    table["real"] = table["real"].astype(object).where(table["candid"] != 139, np.nan)  # nobody knows
+    table.assign(objectId=[f"ZTF{k}" for k in table["candid"]]).drop(columns="candid").to_csv(tmp_path / "l.csv")
+    found = some_stamps(tmp_path / "night", 100, labels=tmp_path / "l.csv")
+    assert found.labels.tolist() == ["real" if k % 3 == 0 else "bogus" for k in range(39)] + [""]
+
+
+def test_a_folder_of_tarballs_is_one_of_packets(tmp_path):
+    """Whether there is a run in a folder, its run.json says."""
+    night = _packets.write_night(tmp_path / "night", 3)
+    (tmp_path / "nights").mkdir()
+    _packets.tarball(night).rename(tmp_path / "nights" / "one.tar.gz")
+    assert len(some_stamps(tmp_path / "nights", 10).stamps) == 3
 
 
 def test_stamps_of_arrays_bring_their_labels(tmp_path):
@@ -86,6 +98,9 @@ def test_what_is_no_source_is_refused(run, tmp_path):
     np.savez(path, stamps=np.zeros((0, 3, 5, 5)))
     with pytest.raises(UsageError, match="no stamps in it"):
         some_stamps(path, 5)
+    np.savez(path, stamps=np.zeros((2, 3, 5, 5)), real=np.array([1, np.nan]))
+    with pytest.raises(UsageError, match="real is neither 0 nor 1 in 1 of 2 rows, such as nan"):
+        some_stamps(path, 5)
     with pytest.raises(UsageError, match="has its labels in its arrays"):
         some_stamps(path, 5, labels="labels.csv")
     (tmp_path / "torn.npz").write_bytes(b"PK")
@@ -94,9 +109,9 @@ def test_what_is_no_source_is_refused(run, tmp_path):
     with pytest.raises(UsageError, match="nowhere"):
         some_stamps(tmp_path / "nowhere", 5)
     labels = tmp_path / "labels.csv"
-    labels.write_text("id,label\n1,sn\n")
-    with pytest.raises(UsageError, match="expected the columns candidate_id, and label or real; found id, label"):
+    labels.write_text("name,label\n1,sn\n")
+    with pytest.raises(UsageError, match=r"needs one of candidate_id, id, .*; found name, label"):
         some_stamps(run, 5, labels=labels)
     labels.write_text("candidate_id,label\nzzz,sn\n")
-    with pytest.raises(UsageError, match="none of its 1 rows is of one of the 5 stamps; look at its candidate_id"):
+    with pytest.raises(UsageError, match="none of its 1 labels is of one of the 5 stamps, which are named a-"):
         some_stamps(run, 5, labels=labels)

@@ -132,6 +132,13 @@ def models_add(path: Path, weights: Path | None, name: str | None, normalisation
     show_default=True,
     help="Largest loss of AUC-PR at 1:1, where labels are known.",
 )
+@click.option(
+    "--lost-tolerance",
+    type=click.FloatRange(0, 1),
+    default=0.05,
+    show_default=True,
+    help="Largest fraction lost of those above the threshold; of several classes, that changes its class.",
+)
 @click.option("--most", type=click.IntRange(1), default=4000, show_default=True, help="Use at most so many stamps.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of drawing and dividing them.")
 def models_quantise(
@@ -141,6 +148,7 @@ def models_quantise(
     labels: Path | None,
     tolerance: float,
     auc_pr_tolerance: float,
+    lost_tolerance: float,
     most: int,
     seed: int,
 ) -> int:
@@ -160,6 +168,7 @@ def models_quantise(
         labels=some.labels,
         tolerance=tolerance,
         auc_pr_tolerance=auc_pr_tolerance,
+        lost_tolerance=lost_tolerance,
         seed=seed,
     )
     for variant, agreement in found.items():

@@ -131,9 +131,10 @@ def what_to_read(
 ) -> tuple[Sources, Reading]:
     """Where the examples come from and how they are labelled, of the options that were given."""
     from batchproc.config import Config
+    from batchproc.label_tables import read_labels
     from batchproc.training.gather import Sources, known_places
     from batchproc.training.injections import Injections
-    from batchproc.training.labels import parse_rules, read_labels
+    from batchproc.training.labels import parse_rules
     from batchproc.training.sources import Reading
 
     if given["truth"] is not None and (given["labels"] is not None or given["rules"]):

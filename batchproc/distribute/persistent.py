@@ -24,6 +24,7 @@ def persistent(
     *,
     resources: Mapping[str, float] | None = None,
     smaller: Callable[[Item], Iterable[Item]] = lambda item: (item,),
+    left: Callable[[Item], Item | None] = lambda item: item,
     idle: tuple[Callable[[], None], float] | None = None,
 ) -> Iterator[tuple[Item, Outcome]]:
     """Map a function over items as `sliding` does, and yield the last word on each.
@@ -41,6 +42,8 @@ def persistent(
     smaller : callable, optional
         What an item is tried again as whose worker died under it: several items that are it together, so that the one
         to blame is found.
+    left : callable, optional
+        What of an item is still wanted when its turn comes, the first time or again; of None nothing more is heard.
     idle : (callable, float), optional
         What is called while nothing finishes, every so many seconds.
 
@@ -51,7 +54,8 @@ def persistent(
     for trial in range(_TRIALS):
         again: list[Item] = []
         rest = False
-        for item, outcome in sliding(executor, function, items, resources=resources, idle=idle):
+        wanted = (item for item in map(left, items) if item is not None)
+        for item, outcome in sliding(executor, function, wanted, resources=resources, idle=idle):
             last = trial == _TRIALS - 1
             if isinstance(outcome.error, WorkerDiedError) and not last:
                 again += smaller(item)

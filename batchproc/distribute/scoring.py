@@ -115,13 +115,11 @@ def classify_chunks(
     work = partial(classify_chunk, Job.of(folder, threads, executor), tuple(models))
     lost = {} if failed is None else failed
 
-    def left() -> Iterator[Chunk]:
-        for chunk in chunks:
-            names = tuple(name for name in chunk.models if name not in lost)
-            if names:
-                yield replace(chunk, models=names)
+    def left(chunk: Chunk) -> Chunk | None:
+        names = tuple(name for name in chunk.models if name not in lost)
+        return replace(chunk, models=names) if names else None
 
-    for chunk, outcome in persistent(executor, work, left(), resources=resources, smaller=_by_model):
+    for chunk, outcome in persistent(executor, work, chunks, resources=resources, smaller=_by_model, left=left):
         failures = outcome.value or {}
         if isinstance(outcome.error, WorkerDiedError) and len(chunk.models) == 1:
             failures = {chunk.models[0]: Failure(outcome.error, str(outcome.error))}

@@ -11,6 +11,7 @@ could not be read is NaN. Needs the package ``fastavro`` (extra ``alerts``). Wha
 
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 import zlib
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -307,7 +308,7 @@ def _members(
     """Avro files of a tarball with their numbers, read once; one that breaks off ends in a file that says so."""
     number = 0
     try:
-        with path.open("rb") as file, _tarball(_Metered(file, meter)) as tar:
+        with path.open("rb") as file, _tarball(_Metered(file, meter), _is_gzipped(path)) as tar:
             while member := tar.next():
                 if member.isfile() and member.name.endswith(".avro"):
                     if wanted(number):
@@ -315,13 +316,51 @@ def _members(
                     number += 1
                 meter.before = meter.n_bytes
                 tar.members.clear()  # type: ignore[attr-defined]  # it would remember every one of a night
+            _check_rest(tar)
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         if wanted(number):
             yield number, (str(path), None, f"the tarball breaks off here ({error})")
 
 
-def _tarball(file: _Metered) -> tarfile.TarFile:
-    return tarfile.open(fileobj=file, mode="r|*")  # type: ignore[call-overload, no-any-return]  # it only reads
+class _Header(tarfile.TarInfo):
+    """The header of a member; `tarfile` takes one that is damaged, cut off or not there for the end of the tarball."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # a block of zeros: the end as it should be
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error}, expected another member or the end mark") from error
+
+
+@dataclass(frozen=True)
+class _Unpacked:
+    """What is in a packed file, up to where it breaks off: `GzipFile.read` would not give the last of it."""
+
+    file: gzip.GzipFile
+
+    def read(self, n: int) -> bytes:
+        return self.file.read1(n)
+
+
+def _is_gzipped(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
+def _tarball(file: _Metered, gzipped: bool) -> tarfile.TarFile:
+    # `tarfile` would stop at the end of the first of several gzip streams, and never look at their checksums.
+    content = _Unpacked(gzip.GzipFile(fileobj=file, mode="rb")) if gzipped else file  # type: ignore[call-overload]
+    return tarfile.open(fileobj=content, mode="r|*", tarinfo=_Header)  # type: ignore[call-overload, no-any-return]
+
+
+def _check_rest(tar: tarfile.TarFile) -> None:
+    """Read to the end of a tarball after its end mark: only there is the checksum of a packed one."""
+    while rest := tar.fileobj.read(1 << 20):  # type: ignore[union-attr]
+        if rest.strip(b"\0"):
+            raise tarfile.ReadError("more than zeros after the end mark")
 
 
 def _member(tar: tarfile.TarFile, member: tarfile.TarInfo, origin: str) -> _File:

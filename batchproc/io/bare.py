@@ -1,7 +1,10 @@
 """A file without a card, as a training left it: its card is made of what the file tells and what is said of it.
 
-The file tells the shapes of its inputs and of its answer. How the stamps were normalised, and what the classes are
-called, it does not tell: that is asked for, never guessed.
+The file tells the shapes of its inputs and of its answer. How the stamps were normalised, what several classes are
+called, and which features or which other channels than three it takes, it does not tell: that is asked for. What else
+it does not tell is as is usual unless it is said: three channels are new, reference, difference in this order,
+one answer is the probability of being real, and the threshold is 0.5. How much of a stamp must hold data, where
+truncated ones go and how they are padded is as by default on a card (`InputCard`).
 """
 
 from __future__ import annotations
@@ -38,13 +41,15 @@ class Said:
         How its stamps were prepared; needed where it takes stamps.
     size : int
     channels : tuple of str
-        In its order; needed where they are not three.
+        In its order; needed where they are not three. By default three are taken for new, ref, difference: whether a
+        file wants them in another order cannot be seen.
     layout : {"NCHW", "NHWC"}
     classes : tuple of str
-        In the order of its answer; needed where it has several.
+        In the order of its answer; needed where it has several. By default one is the probability of being real.
     features : tuple of str
         Catalogue columns in its order; needed where it takes any.
     threshold : float
+        Scores at or above it are taken for real; 0.5 is assumed, not measured.
     version, licence, description : str
     """
 

@@ -184,7 +184,7 @@ def write_scores(
     scores : ndarray (n,) or (n, n_classes) float32
         NaN: not scored.
     model : Model
-        Its name, version, hash and normalisation go into the schema's metadata.
+        Its name, version, hash, fingerprint and normalisation go into the schema's metadata.
     """
     by_name = dict(zip(_score_names(model, scores), scores.reshape(len(scores), -1).T, strict=True))
     fields = [pa.field(name, pa.string()) for name in ("candidate_id", "image_id")]
@@ -193,6 +193,7 @@ def write_scores(
         "model": model.name,
         "version": str(model.version),
         "hash": model.hash,
+        "fingerprint": model.fingerprint,
         "normalisation": str(model.normalisation),
         "images": json.dumps(pc.unique(_texts(image_ids)).to_pylist()),
     }
@@ -223,7 +224,8 @@ def scored_images(folder: RunFolder, model: Any) -> set[str]:
     Raises
     ------
     RunMismatchError
-        Another version of the model has scored some: its scores are not mixed with new ones.
+        Another version of the model has scored some, or the same file with another card: its scores are not mixed
+        with new ones.
     DamagedRunError
         A part of them cannot be read.
     """
@@ -235,6 +237,15 @@ def scored_images(folder: RunFolder, model: Any) -> set[str]:
                 f"{path.parent} has scores of version {metadata['version']} of the model {model.name} "
                 f"({metadata['hash'][:12]}), the model now is version {model.version} ({model.hash[:12]}): "
                 "remove that folder to score again, or add the model under another name"
+            )
+        # Scores from before there were fingerprints are known by their file, or runs would have to be scored again.
+        if metadata.get("fingerprint", model.fingerprint) != model.fingerprint:
+            raise RunMismatchError(
+                f"{path.parent} has scores of the same file of the model {model.name} with another card (version "
+                f"{metadata['version']}, normalisation {metadata['normalisation']}; now version {model.version}, "
+                f"normalisation {model.normalisation}; its size, channels, layout, min_finite, padding, truncated, "
+                "features or classes may differ too): remove that folder to score again, or add the model under "
+                "another name"
             )
         images |= set(json.loads(metadata["images"]))
     return images

@@ -15,8 +15,9 @@ Models are looked for in the package, then in the user's folder: ``$BATCHPROC_MO
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,16 @@ class Model:
     def threshold(self) -> float:
         """Scores at or above it are taken for real."""
         return self.card.threshold
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of all that its scores depend on: the file, what the card has it shown, and the names of its answers.
+
+        What stands on the card as by default is left out, so that scores stay its own when cards learn to say more.
+        """
+        wanted = asdict(self.card.input_of(self.variant))
+        said = {field.name: wanted[field.name] for field in fields(InputCard) if wanted[field.name] != field.default}
+        return hashlib.sha256(json.dumps([self.hash, said, self.classes], sort_keys=True).encode()).hexdigest()
 
     def open(self) -> None:
         """Make its backend in this process, where it is not made yet; raises `ModelError` where it cannot be had."""

@@ -6,7 +6,9 @@ Needs the packages ``onnx`` and, for TFLite, ``ai-edge-litert`` (extra ``quantis
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from batchproc.errors import ModelError, UsageError
-from batchproc.io.atomic import write_bytes, write_text
+from batchproc.io.atomic import replacing, write_text
 from batchproc.io.backends import lacks_runtime, provider_for
 from batchproc.io.cards import CARD, ModelCard, read_card
 from batchproc.io.cost import stamps_per_second
@@ -32,6 +34,8 @@ FEWEST_STAMPS = 64
 MOST_CALIBRATED = 1000
 #: Stamps that speed is measured on at most.
 MOST_TIMED = 512
+#: Stamps above the threshold from which on the share of them that is lost is judged: of fewer, one or two are too much.
+FEWEST_ABOVE = 40
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class Agreement:
     largest_difference: float
     mean_difference: float
     """Of the absolute values."""
+    above: int
+    """At or above the threshold in float; of several classes: all."""
     lost: int
     """At or above the threshold in float, below it quantised. Of several classes: those whose most probable one is
     another; one class loses them, and another gains them."""
@@ -136,14 +142,17 @@ def agreement(
     a, b = a[both], b[both]
     difference = np.abs(a - b)
     if len(classes) > 1:
+        above = len(a)
         lost = gained = int(np.sum(a.argmax(axis=1) != b.argmax(axis=1)))
     else:
+        above = int(np.sum(a >= threshold))
         lost, gained = int(np.sum((a >= threshold) & (b < threshold))), int(np.sum((a < threshold) & (b >= threshold)))
     named = None if labels is None else np.asarray(labels)[both]
     return Agreement(
         n_stamps=len(a),
         largest_difference=float(difference.max(initial=0.0)),
         mean_difference=float(difference.mean()) if len(a) else float("nan"),
+        above=above,
         lost=lost,
         gained=gained,
         auc_pr_float=None if named is None else _mean_auc_pr(named, a, classes),
@@ -171,6 +180,7 @@ def quantise_model(
     labels: ArrayLike | None = None,
     tolerance: float = 0.01,
     auc_pr_tolerance: float = 0.005,
+    lost_tolerance: float = 0.05,
     seed: int = 0,
 ) -> dict[str, Agreement]:
     """Add 8-bit variants to a model folder, and write on the card how far each agrees with float and how fast all are.
@@ -193,6 +203,9 @@ def quantise_model(
         Largest acceptable mean difference of the scores.
     auc_pr_tolerance : float
         Largest acceptable loss of AUC-PR, where there are labels.
+    lost_tolerance : float
+        Largest acceptable fraction that is lost of the stamps at or above the threshold in float, where these are at
+        least `FEWEST_ABOVE`; of several classes, of all.
     seed : int
         Of the division of the stamps.
 
@@ -205,7 +218,7 @@ def quantise_model(
     ------
     ModelError
         A package that is missing, too few stamps, an operator that a format does not have, a variant of that name that
-        was made otherwise, or scores that differ by more than the tolerance: then nothing is written at all.
+        was made otherwise, or scores that differ by more than a tolerance: then nothing is written at all.
     UsageError
         An unknown format.
     """
@@ -226,16 +239,11 @@ def quantise_model(
     card = replace(card, files={**card.files, **{form.variant: _entry(card, form) for form in chosen}})
     with TemporaryDirectory(dir=folder) as scratch:
         found = dict(_measured(card, exact, made, Path(scratch), others, named))
-    _refuse_harm(card, found, tolerance, auc_pr_tolerance)
-    hashes = {}
-    for form, data in made.items():
-        write_bytes(folder / form.file, data)
-        hashes[form.variant] = {**card.files[form.variant], "sha256": file_hash(folder / form.file)}
+    _refuse_harm(card, found, tolerance, auc_pr_tolerance, lost_tolerance)
     notes = {form.variant: _notes(form, found[form.variant], len(tensor)) for form in chosen}
-    card = replace(card, files={**card.files, **hashes}, quantisation={**card.quantisation, **notes})
-    write_text(folder / CARD, card.to_toml())
+    card = _write(folder, card, made, notes)
     speed = {variant: round(value) for variant, value in _speeds(folder, card, others[:MOST_TIMED]).items()}
-    write_text(folder / CARD, replace(card, speed=speed).to_toml())
+    write_text(folder / CARD, replace(read_card(folder), speed=speed).to_toml())
     return found
 
 
@@ -305,6 +313,34 @@ def _measured(
         yield form.variant, agreement(reference, trial.predict(stamps), card.threshold, labels, card.classes)
 
 
+def _write(
+    folder: Path, measured: ModelCard, made: Mapping[Format, bytes], notes: Mapping[str, Mapping[str, Any]]
+) -> ModelCard:
+    """Write the files and what the card says of them; returns the card.
+
+    What else has been written to the card during the minutes of measuring stays there. All files are on the disk before
+    the first of them takes its place, and the card does so last: one that cannot be written changes nothing.
+    """
+    card = read_card(folder)
+    _check_card(folder, card, tuple(made))
+    if _judged_by(card) != _judged_by(measured):
+        raise ModelError(
+            f"{folder / CARD}: the float file, its input, the classes or the threshold were changed while versions "
+            f"were measured. Nothing written; give the same command again"
+        )
+    new = {form.variant: {**_entry(card, form), "sha256": sha256(data).hexdigest()} for form, data in made.items()}
+    card = replace(card, files={**card.files, **new}, quantisation={**card.quantisation, **notes})
+    with ExitStack() as stack:  # ends in reverse order
+        stack.enter_context(replacing(folder / CARD)).write_text(card.to_toml(), encoding="utf-8")
+        for form, data in made.items():
+            stack.enter_context(replacing(folder / form.file)).write_bytes(data)
+    return card
+
+
+def _judged_by(card: ModelCard) -> tuple[Any, ...]:
+    return card.files["float"], card.input_of("float"), card.classes, card.threshold
+
+
 def _speeds(folder: Path, card: ModelCard, stamps: NDArray[np.floating]) -> dict[str, float]:
     """Stamps a second of CPU time of each variant that runs on this CPU, all measured now: speeds of other machines
     cannot be compared with them.
@@ -314,12 +350,25 @@ def _speeds(folder: Path, card: ModelCard, stamps: NDArray[np.floating]) -> dict
     return {variant: stamps_per_second(load_model(folder, variant=variant), stamps) for variant in here}
 
 
-def _refuse_harm(card: ModelCard, found: Mapping[str, Agreement], tolerance: float, auc_pr_tolerance: float) -> None:
+def _refuse_harm(
+    card: ModelCard,
+    found: Mapping[str, Agreement],
+    tolerance: float,
+    auc_pr_tolerance: float,
+    lost_tolerance: float,
+) -> None:
     for variant, each in found.items():
         if not each.mean_difference <= tolerance:
             raise ModelError(
                 f"model {card.name}: {variant} differs from float by {each.mean_difference:.4f} on average over "
                 f"{each.n_stamps} stamps (at most {each.largest_difference:.3f}); allowed: {tolerance}. Nothing written"
+            )
+        # A small mean says little of the few near the threshold, and they are what a search is for.
+        if each.above >= FEWEST_ABOVE and each.lost > lost_tolerance * each.above:
+            where = "at the threshold" if len(card.classes) == 1 else "to another class"
+            raise ModelError(
+                f"model {card.name}: {variant} loses {each.lost} of {each.above} stamps {where}, "
+                f"{each.lost / each.above:.1%}; allowed: {lost_tolerance:.1%} (--lost-tolerance). Nothing written"
             )
         lost = (each.auc_pr_float or 0.0) - (each.auc_pr or 0.0)
         if not lost <= auc_pr_tolerance:

@@ -54,9 +54,14 @@ class RunFolder:
     def existing(cls, path: str | Path) -> RunFolder:
         """The folder of a run that has been begun; raises `UsageError` where there is none."""
         folder = cls(Path(path))
-        if not folder.record.is_file():
+        if not folder.begun:
             raise UsageError(f"{path}: not a run folder (no run.json in it); `batchproc run MANIFEST --out {path}`")
         return folder
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run in it."""
+        return self.record.is_file()
 
     @property
     def record(self) -> Path:

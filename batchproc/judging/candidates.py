@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from batchproc.errors import UsageError
 from batchproc.io.catalogue import open_catalogue
 from batchproc.io.run_folder import RunFolder
+from batchproc.label_tables import real_flags
 from batchproc.report.facts import MATCH_PIX, match_known, read_table, read_truth
 
 __all__ = ["BREAK_DOWN", "Candidates", "columns_to_use", "label_run", "read_candidates", "words"]
@@ -141,14 +142,7 @@ def _of_table(path: Path) -> tuple[pd.DataFrame, list[str]]:
     table = read_table(path)
     if "real" not in table:
         raise UsageError(f"{path}: no column real (0 or 1); found {', '.join(map(str, table))}")
-    values = pd.to_numeric(table["real"], errors="coerce")
-    unknown = ~values.isin([0, 1])
-    if unknown.any():
-        example = table["real"][unknown].iloc[0]
-        raise UsageError(
-            f"{path}: real is neither 0 nor 1 in {unknown.sum()} of {len(table)} rows, such as {example!r}"
-        )
-    return table.assign(real=values.astype(bool)), []
+    return table.assign(real=real_flags(path, table["real"])), []
 
 
 def label_run(path: Path, truth: str | Path | None = None) -> tuple[pd.DataFrame, list[str]]:

@@ -47,7 +47,7 @@ class Search:
     n_learnt : dict
         Class → how many were learnt from.
     n_beside : int
-        Left out as well, for they lie where it lies.
+        Left out as well, for they lie where it lies, or are of the same object.
     model_folder : Path
     """
 
@@ -148,7 +148,7 @@ def _notes(found: Sequence[Search], plan: Plan) -> Iterator[str]:
         if lost:
             yield f"{one.name}: {lost} of {len(one.table)} cannot be scored, and rank last"
         if one.n_beside:
-            yield f"{one.name}: {one.n_beside} other candidates at the same places were not learnt from"
+            yield f"{one.name}: {one.n_beside} other candidates of the same places or objects were not learnt from"
 
 
 def _rows(one: Search) -> Iterator[tuple[str, ...]]:

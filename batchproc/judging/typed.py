@@ -116,6 +116,9 @@ def read_typed(
         if unknown:
             n = int(np.isin(names, unknown).sum())
             notes.append(f"{model} has no class {', '.join(unknown)}: the {n} candidates of it cannot be right")
+        absent = sorted(set(of_model) - set(names))
+        if absent:
+            notes.append(f"{model} has classes of which there is no candidate: {', '.join(absent)}")
     return Typed(
         classes=classes,
         truth=np.searchsorted(np.asarray(classes), names),
@@ -143,25 +146,41 @@ def _score_columns(
 ) -> dict[str, dict[str, str]]:
     """Model → class → column."""
     columns = [str(name) for name in table if str(name).startswith("score_")]
+    there = tuple(columns)
     found: dict[str, dict[str, str]] = {}
-    for column in columns:
-        rest = column.removeprefix("score_")
-        # The longest name first: of the models a and a_b, the column score_a_b_SN is of the second.
-        model = next((m for m in sorted(known, key=len, reverse=True) if rest.startswith(f"{m}_")), None)
-        if model is None and not known:
-            of_label = max((name for name in labels if rest == name or rest.endswith(f"_{name}")), key=len, default="")
-            model = rest.removesuffix(of_label).removesuffix("_") if of_label else None
-        if model is not None:
-            found.setdefault(model, {})[rest.removeprefix(model).removeprefix("_")] = column
+    # The longest name first: of the models a and a_b, the column score_a_b_SN is of the second.
+    for model in sorted(known or _prefixes(columns, labels), key=len, reverse=True):
+        start = _start(model)
+        # Those of classes that no candidate has as well: a model can be wrong by answering with one of these.
+        for column in [name for name in columns if name.startswith(start)]:
+            found.setdefault(model, {})[column.removeprefix(start)] = column
+            columns.remove(column)
     several = {model or "score": of_model for model, of_model in found.items() if len(of_model) > 1}
     missing = [model for model in models if model not in several]
     if missing or not several:
         which = f"no model {missing[0]} with" if missing else "no"
         raise UsageError(
             f"{path}: {which} several classes (there is: {', '.join(several) or 'none'}): expected columns "
-            f"score_MODEL_CLASS for {', '.join(sorted(labels))}; found {', '.join(columns) or 'none'}"
+            f"score_MODEL_CLASS for {', '.join(sorted(labels))}; found {', '.join(there) or 'none'}"
         )
     return {model: several[model] for model in models or several}
+
+
+def _prefixes(columns: Sequence[str], labels: set[str]) -> list[str]:
+    """What stands before a class in the names of several columns, one of which ends in a known class: the models.
+
+    One column alone is none: score_a_Ia_SN, where SN is known and Ia_SN is not, is no class SN of a model a_Ia.
+    """
+    found: dict[str, None] = {}  # in the order of the columns
+    for rest in (name.removeprefix("score_") for name in columns):
+        of_label = max((name for name in labels if rest == name or rest.endswith(f"_{name}")), key=len, default="")
+        if of_label:
+            found[rest.removesuffix(of_label).removesuffix("_")] = None
+    return [model for model in found if sum(name.startswith(_start(model)) for name in columns) > 1]
+
+
+def _start(model: str) -> str:
+    return f"score_{model}_" if model else "score_"
 
 
 def _scores(table: pd.DataFrame, columns: dict[str, str], classes: Sequence[str]) -> NDArray[np.float64]:

@@ -6,12 +6,21 @@ is had for any mixture by weighting its rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["accuracy", "confusion", "f1", "macro_f1", "mixed", "precision", "recall"]
+__all__ = ["accuracy", "class_numbers", "confusion", "f1", "macro_f1", "mixed", "precision", "recall"]
 
 Matrix = NDArray[np.float64]
+
+
+def class_numbers(label: NDArray[np.str_], classes: Sequence[str]) -> NDArray[np.intp]:
+    """The place of each label among `classes`, which may be in any order; one that is none of them is a KeyError."""
+    places = {name: k for k, name in enumerate(classes)}
+    names, which = np.unique(label, return_inverse=True)
+    return np.array([places[str(name)] for name in names], np.intp)[which]
 
 
 def confusion(truth: ArrayLike, answer: ArrayLike, n: int, *, drawn: NDArray[np.int64] | None = None) -> Matrix:

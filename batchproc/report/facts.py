@@ -298,14 +298,20 @@ def read_truth(folder: RunFolder, truth: str | Path | None) -> pd.DataFrame | No
     return table.assign(snr=table["snr_local"] if "snr_local" in table else table["snr"])
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """A CSV or Parquet file; anything else is a `UsageError`."""
+def read_table(path: Path, *, names: Sequence[str] = ()) -> pd.DataFrame:
+    """A CSV or Parquet file; anything else is a `UsageError`. The columns `names`, where there, are read as text."""
     suffix = path.suffix.lower()
     if suffix not in (".csv", ".parquet", ".pq"):
         raise UsageError(f"{path}: unknown kind of table {suffix!r}; expected .csv or .parquet")
     try:
         # An image_id of digits alone is a name all the same.
-        return pd.read_csv(path, dtype={"image_id": str}) if suffix == ".csv" else pd.read_parquet(path)
+        if suffix == ".csv":
+            return pd.read_csv(path, dtype=dict.fromkeys(("image_id", *names), str))
+        if not names:
+            return pd.read_parquet(path)
+        # Else pandas makes floats of integers of which one is missing, and 64-bit ones are no longer what they were.
+        table = pd.read_parquet(path, dtype_backend="numpy_nullable")
+        return table.astype({name: "string" for name in names if name in table})
     except (OSError, ValueError) as error:  # pandas' and pyarrow's errors of parsing are ValueErrors
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UsageError(f"{path}: not a {suffix[1:].upper()} table ({reason[:160]})") from error

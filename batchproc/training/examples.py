@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from batchproc.errors import UsageError
 from batchproc.io.atomic import replacing
+from batchproc.label_tables import real_flags
 from batchproc.learning.inputs import crop_or_pad
 
 __all__ = ["BOGUS", "REAL", "Examples", "is_binary"]
@@ -141,7 +142,10 @@ class Examples:
             raise UsageError(f"{path}: expected the arrays stamps, and label or real; found {', '.join(arrays)}")
         stamps = arrays.pop("stamps")
         real = arrays.pop("real", None)
-        label = arrays.pop("label") if "label" in arrays else np.where(np.asarray(real, bool), REAL, BOGUS)
+        if "label" in arrays:
+            label = arrays.pop("label")
+        else:
+            label = np.where(real_flags(path, pd.Series(np.ravel(real))), REAL, BOGUS)
         wrong = [name for name, values in arrays.items() if values.shape != (len(stamps),)]
         if wrong:
             raise UsageError(f"{path}: {wrong[0]} of shape {arrays[wrong[0]].shape}; expected ({len(stamps)},)")

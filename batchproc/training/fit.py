@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from batchproc.display import show
+from batchproc.errors import UsageError
 from batchproc.learning.evaluate import auc_pr
 from batchproc.training.settings import FitConfig
 
@@ -108,6 +109,11 @@ def fit(
         was stays, as epoch -1, if nothing becomes better.
     progress : bool
         Show a bar.
+
+    Raises
+    ------
+    UsageError
+        The loss is not finite after the first epoch; later, the weights from before are kept, and it ends.
     """
     random = torch.Generator().manual_seed(config.seed)
     torch.manual_seed(config.seed)  # dropout draws from the global one
@@ -138,6 +144,8 @@ def fit(
             history.train_loss.append(float(np.mean(losses)))
             history.valid_loss.append(valid_loss)
             history.valid_auc_pr.append(valid_auc_pr)
+            if not np.isfinite(valid_loss):
+                break  # weights that are no numbers do not become numbers again
             if valid_loss < least:
                 history.best_epoch, least, best = epoch, valid_loss, copy.deepcopy(net.state_dict())
             elif epoch - history.best_epoch >= config.patience:
@@ -148,6 +156,11 @@ def fit(
         for values in (history.train_loss, history.valid_loss, history.valid_auc_pr):
             del values[len(history.valid_auc_pr) :]
         history.interrupted = True
+    if history.best_epoch < 0 and head is None:
+        raise UsageError(
+            f"the loss of the validation part is {history.valid_loss[-1]} after the first epoch, at learning_rate = "
+            f"{config.learning_rate}: set a lower one, or look for features or stamps of extreme values"
+        )
     _thaw(net, head, whole=True)
     net.load_state_dict(best)
     net.eval()
@@ -197,9 +210,10 @@ def balanced_loss(logits: torch.Tensor, truth: NDArray[Any], all_truth: NDArray[
 
 
 def _validated(net: nn.Module, valid: Labelled, weights: NDArray[np.float32] | None) -> tuple[float, float]:
-    """Loss and AUC-PR of the validation part."""
+    """Loss and AUC-PR of the validation part; NaN for the latter where the loss is not finite."""
     logits = predict(net, valid.tensor, features=valid.features, squeeze=False)
-    return _loss(torch.from_numpy(logits), valid.truth, weights).item(), _mean_auc_pr(valid.truth, logits)
+    loss = _loss(torch.from_numpy(logits), valid.truth, weights).item()
+    return loss, _mean_auc_pr(valid.truth, logits) if np.isfinite(loss) else np.nan
 
 
 def _call(net: nn.Module, stamps: torch.Tensor, features: torch.Tensor | None) -> torch.Tensor:

@@ -21,7 +21,8 @@ from batchproc.config import Config
 from batchproc.display import say, show
 from batchproc.errors import ExposureError, UsageError
 from batchproc.io.images import read_new, read_refs
-from batchproc.io.manifest import entry_digest, read_manifest
+from batchproc.io.manifest import read_manifest
+from batchproc.io.markers import entry_digest, input_digest
 from batchproc.records import ManifestEntry
 from batchproc.training.cases import Case, unpaired_sources
 from batchproc.training.examples import Examples
@@ -66,9 +67,22 @@ class Injections:
         """Places ``(k, 2)`` in one image."""
         return np.asarray(self.known.get(entry.image_id, np.zeros((0, 2))))
 
+    def random_of(self, entry: ManifestEntry) -> np.random.Generator:
+        """Of one image: by its name, so that it does not matter which rows of the manifest stand before it."""
+        name = hashlib.sha256(entry.image_id.encode()).digest()
+        return np.random.default_rng([self.seed, int.from_bytes(name[:8], "big")])
+
     def key(self, entry: ManifestEntry) -> str:
         """Tells apart whatever gives other examples."""
-        told = [__version__, entry_digest(entry), self.config.image_digest, self.per_image, self.most, self.seed]
+        told = [
+            __version__,
+            entry_digest(entry),
+            input_digest(entry),
+            self.config.image_digest,
+            self.per_image,
+            self.most,
+            self.seed,
+        ]
         told += self.known_in(entry).round(1).tolist()
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
 
@@ -102,11 +116,11 @@ def inject_manifest(
 def _each(entries: Iterator[ManifestEntry], how: Injections, failed: list[str], quiet: bool) -> Iterator[Examples]:
     size = how.config.cutouts.size
     yield Examples(np.zeros((0, 3, size, size), np.float32), np.zeros(0, np.str_), pd.DataFrame())
-    for number, entry in enumerate(entries):
+    for entry in entries:
         path = how.cache / f"{how.key(entry)}.npz"
         try:
             if not path.is_file():
-                _planted(entry, how, number).save(path)
+                _planted(entry, how).save(path)
         except ExposureError as error:
             failed.append(f"{entry.image_id}: {error}")
             say(f"left out: {failed[-1]}", quiet=quiet)
@@ -114,9 +128,9 @@ def _each(entries: Iterator[ManifestEntry], how: Injections, failed: list[str], 
         yield Examples.load(path)
 
 
-def _planted(entry: ManifestEntry, how: Injections, number: int) -> Examples:
+def _planted(entry: ManifestEntry, how: Injections) -> Examples:
     """Plant, run, label. With several references, what has vanished is planted into the first."""
-    random = np.random.default_rng([how.seed, number])
+    random = how.random_of(entry)
     new, refs = read_new(entry), read_refs(entry)
     if new.wcs is None or refs[0].wcs is None:
         raise ExposureError("no WCS: it is not known where in the reference to plant", image_id=entry.image_id)

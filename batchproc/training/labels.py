@@ -1,4 +1,4 @@
-"""What people, or rules, say of candidates: tables of identities and classes, and conditions on columns."""
+"""What rules say of candidates: conditions on columns. What people say of them is in `batchproc.label_tables`."""
 
 from __future__ import annotations
 
@@ -6,22 +6,15 @@ import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from batchproc.errors import UsageError
-from batchproc.report.facts import read_table
-from batchproc.training.examples import BOGUS, REAL
 
-__all__ = ["Rule", "parse_rules", "read_labels", "rule_labels", "table_labels"]
+__all__ = ["Rule", "parse_rules", "rule_labels"]
 
-#: Names under which a table may have what identifies a candidate, and its class.
-_IDENTITIES = ("candidate_id", "id", "candid", "object_id", "objectId")
-_CLASSES = ("label", "class", "real")
 _COMPARE = {
     "<=": operator.le,
     ">=": operator.ge,
@@ -31,52 +24,6 @@ _COMPARE = {
     ">": operator.gt,
 }
 _CONDITION = re.compile(r"\s*(\w[\w.-]*?)\s*(<=|>=|==|!=|<|>)\s*(.+?)\s*")
-
-
-def read_labels(path: str | Path) -> pd.Series:
-    """A table (CSV, Parquet) as identity → class.
-
-    The identity is ``candidate_id``, ``id``, ``candid``, ``object_id`` or ``objectId``; the class ``label`` or
-    ``class`` (text), or ``real`` (0 or 1).
-
-    Raises
-    ------
-    UsageError
-        No such file or columns, or an identity with two classes.
-    """
-    table = read_table(Path(path))
-    identity = next((name for name in _IDENTITIES if name in table), None)
-    named = next((name for name in _CLASSES if name in table), None)
-    if identity is None or named is None:
-        raise UsageError(
-            f"{path}: needs one of {', '.join(_IDENTITIES)}, and one of {', '.join(_CLASSES)}; "
-            f"found {', '.join(map(str, table))}"
-        )
-    given = table[[identity, named]].dropna()
-    classes = _real_or_bogus(path, given[named]) if named == "real" else given[named].astype(str)
-    labels = pd.Series(classes.to_numpy(object), index=given[identity].astype(str).to_numpy(object))
-    several = labels.groupby(level=0).nunique()
-    if (several > 1).any():
-        first = several.index[several > 1][0]
-        raise UsageError(f"{path}: {first} has {several[first]} classes: {', '.join(labels[[first]].unique())}")
-    return labels[~labels.index.duplicated()]
-
-
-def _real_or_bogus(path: str | Path, values: pd.Series) -> pd.Series:
-    numbers = pd.to_numeric(values, errors="coerce")
-    if not numbers.isin([0, 1]).all():
-        wrong = values[~numbers.isin([0, 1])].iloc[0]
-        raise UsageError(f"{path}: real is neither 0 nor 1 in some rows, such as {wrong}")
-    return numbers.map({0: BOGUS, 1: REAL})
-
-
-def table_labels(labels: pd.Series, *identities: Sequence[Any] | NDArray) -> NDArray[np.str_]:
-    """The class of each candidate by the first of its identities that `labels` knows; empty where none does."""
-    found = np.full(len(identities[0]), "", object)
-    for names in identities:
-        one = labels.reindex([str(name) for name in names]).fillna("").to_numpy(object)
-        found = np.where(found == "", one, found)
-    return found.astype(np.str_)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from batchproc.learning.classes import confusion, macro_f1
+from batchproc.learning.classes import class_numbers, confusion, macro_f1
 from batchproc.learning.evaluate import auc_pr, bootstrap_many
 
 __all__ = ["measure_classes"]
@@ -39,7 +39,7 @@ def measure_classes(
     scored = np.isfinite(scores).all(axis=1)
     label, scores = label[scored], scores[scored]
     groups = None if groups is None else groups[scored]
-    truth = np.searchsorted(np.asarray(classes), label)
+    truth = class_numbers(label, classes)
     answer = scores.argmax(axis=1)
 
     def values(drawn: NDArray[np.int64]) -> dict[str, float]:

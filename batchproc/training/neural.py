@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from batchproc.errors import UsageError
 from batchproc.io.cards import InputCard
+from batchproc.learning.classes import class_numbers
 from batchproc.learning.inputs import CHANNELS
 from batchproc.training.examples import BOGUS, REAL, Examples
 from batchproc.training.settings import TrainSettings
@@ -85,8 +86,8 @@ def learn(
         net = new_network(settings.network, card.size, outputs, _features(train, card, _usable(train, card)))
         notes = {"network": settings.network}
     fitted = _labelled("train", train, card, classes), _labelled("valid", valid, card, classes)
-    # What is swapped is the first two channels.
-    config = replace(settings, swap=settings.swap and card.channels == CHANNELS)
+    # What is swapped is the first two channels; features are of the epochs as they were, and would contradict them.
+    config = replace(settings, swap=settings.swap and card.channels == CHANNELS and not card.features)
     history = fit(net, *fitted, config=config, head=net.head if settings.base else None, progress=not quiet)
     export_onnx(
         net,
@@ -145,7 +146,7 @@ def _labelled(name: str, examples: Examples, card: InputCard, classes: Sequence[
             f"the part {name}: {len(rows)} of {len(examples)} examples can be scored (data in enough of the stamp, "
             f"finite features), and none is {' or '.join(missing)}"
         )
-    truth = label == REAL if len(classes) == 1 else np.searchsorted(np.asarray(classes), label)
+    truth = label == REAL if len(classes) == 1 else class_numbers(label, classes)
     return Labelled(Prepared(examples.stamps, card, rows), truth, _features(examples, card, rows))
 
 

@@ -39,7 +39,7 @@ def measure(
         The images, and what counts as real and as bogus on them.
     real : ndarray (n,) bool
     scores : ndarray (n,)
-        NaN where not scored: left out, and counted.
+        NaN where not scored: left out, and counted; in ``completeness_of_all`` the real ones count as lost.
     threshold : float
         That of the model.
     groups : ndarray (n,), optional
@@ -47,6 +47,8 @@ def measure(
     """
     scored = np.isfinite(scores)
     n_unscored = int((~scored).sum())
+    every_score = np.where(scored, scores, -np.inf)  # what has none is kept at no threshold
+    of_all = bootstrap(lambda r, s: recall(r, s, threshold), real, every_score, groups=groups, resamples=resamples)
     real, scores = real[scored], scores[scored]
     groups = None if groups is None else groups[scored]
 
@@ -61,6 +63,7 @@ def measure(
         "auc_roc": interval(auc_roc),
         "bogus_removed_at_99_completeness": interval(removed_at_99),
         "completeness": interval(lambda r, s: recall(r, s, threshold)),
+        "completeness_of_all": of_all,
         "bogus_removed": interval(lambda r, s: bogus_removed(r, s, threshold)),
     }
     table: dict[str, Any] = {

@@ -23,7 +23,7 @@ from batchproc.judging.ranking import Scored, rank
 from batchproc.judging.searches import Search
 from batchproc.training.examples import BOGUS, REAL, Examples
 from batchproc.training.settings import TrainSettings
-from batchproc.training.splits import Split, split_examples
+from batchproc.training.splits import Split, group_of, split_examples
 from batchproc.training.train import train_model
 
 __all__ = ["left_out_rows", "retrospective"]
@@ -70,7 +70,7 @@ def retrospective(
     plan = Plan(completeness=settings.completeness) if plan is None else plan
     searches = [search for text in leave_out for search in left_out_rows(examples, text)]
     split = split_examples(examples.label, examples.table, settings)
-    _check(examples, split, searches)
+    _check(examples, split, searches, settings)
     told = None
     if control and any((rows & (split.part == "test")).any() for _, rows in searches):
         nothing = np.zeros(len(examples), bool)
@@ -105,13 +105,31 @@ def left_out_rows(examples: Examples, text: str) -> list[tuple[str, NDArray[np.b
     return found
 
 
-def _check(examples: Examples, split: Split, searches: Sequence[tuple[str, NDArray[np.bool_]]]) -> None:
+def _check(
+    examples: Examples, split: Split, searches: Sequence[tuple[str, NDArray[np.bool_]]], settings: TrainSettings
+) -> None:
+    """Raise `UsageError` for any search that could not be trained for: the first ones may take hours."""
     for name, rows in searches:
-        left = sorted(set(examples.label[~rows & np.isin(split.part, ("train", "valid"))]))
+        out = rows | _beside(examples, rows, settings)
+        left = sorted(set(examples.label[~out & np.isin(split.part, ("train", "valid"))]))
         if len(left) < 2:
             raise UsageError(f"--leave-out {name}: only {', '.join(left) or 'nothing'} is left to learn from")
         if (examples.label[rows] == BOGUS).all():
             raise UsageError(f"--leave-out {name}: all of it is bogus; leave out what you would want to find")
+        given, table, as_divided = _given(examples, split, out, settings)
+        try:
+            split_examples(examples.label[given], table, as_divided)
+        except UsageError as error:
+            raise UsageError(f"--leave-out {name}: {error}") from error
+
+
+def _given(
+    examples: Examples, split: Split, out: NDArray[np.bool_], settings: TrainSettings
+) -> tuple[NDArray[np.intp], pd.DataFrame, TrainSettings]:
+    """What a training without the rows `out` is given: rows, their table, and settings that hold out the test part."""
+    given = np.flatnonzero((split.part != "") & ~out)
+    table = examples.table.assign(**{_MEASURED: np.where(split.part == "test", "yes", "no")})
+    return given, table.iloc[given].reset_index(drop=True), replace(settings, holdout=(f"{_MEASURED}=yes",))
 
 
 @dataclass(frozen=True)
@@ -128,11 +146,9 @@ def _scores(
     examples: Examples, split: Split, out: NDArray[np.bool_], folder: Path, settings: TrainSettings, quiet: bool
 ) -> _Scores:
     """Train without the rows `out`, and score everything that was not learnt from."""
-    test = split.part == "test"
-    given = np.flatnonzero((split.part != "") & ~out)
-    table = examples.table.assign(**{_MEASURED: np.where(test, "yes", "no")})
-    some = Examples(examples.stamps[given], examples.label[given], table.iloc[given].reset_index(drop=True))
-    trained = train_model(some, folder, replace(settings, holdout=(f"{_MEASURED}=yes",)), overwrite=True, quiet=quiet)
+    given, table, as_divided = _given(examples, split, out, settings)
+    some = Examples(examples.stamps[given], examples.label[given], table)
+    trained = train_model(some, folder, as_divided, overwrite=True, quiet=quiet)
     learnt = np.zeros(len(examples), bool)
     learnt[given[trained.split.part != "test"]] = True
     asked = np.flatnonzero(~learnt)
@@ -158,7 +174,7 @@ def _search(
     told: _Scores | None,
     quiet: bool,
 ) -> Search:
-    beside = _beside(examples.table, rows, settings.same_arcsec)
+    beside = _beside(examples, rows, settings)
     blind = _scores(examples, split, rows | beside, out / _folder_name(name), settings, quiet)
     test = (split.part == "test") & ~rows
     rows = rows & (examples.label != BOGUS)  # bogus ones were not learnt from either; nobody searches for them
@@ -187,19 +203,44 @@ def _folder_name(name: str) -> str:
     return "without-" + "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in name)[:80]
 
 
-def _beside(table: pd.DataFrame, rows: NDArray[np.bool_], same_arcsec: float) -> NDArray[np.bool_]:
-    """Others within some arcseconds of what is left out: the same object, at another time or by another name."""
-    beside = np.zeros(len(table), bool)
+def _beside(examples: Examples, rows: NDArray[np.bool_], settings: TrainSettings) -> NDArray[np.bool_]:
+    """Others that are the same object as what is left out, at another time or by another name."""
+    return (_near(examples.table, rows, settings.same_arcsec) | _of_its_group(examples, rows, settings)) & ~rows
+
+
+def _near(table: pd.DataFrame, rows: NDArray[np.bool_], same_arcsec: float) -> NDArray[np.bool_]:
+    """Whatever lies within some arcseconds of what is left out."""
+    near = np.zeros(len(table), bool)
     if not {"ra", "dec"} <= set(table):
-        return beside
+        return near
     ra, dec = (np.radians(table[name].to_numpy(np.float64, na_value=np.nan)) for name in ("ra", "dec"))
     xyz = np.column_stack([np.cos(dec) * np.cos(ra), np.cos(dec) * np.sin(ra), np.sin(dec)])
     known = np.isfinite(xyz).all(axis=1)
     if not (known & rows).any():
-        return beside
+        return near
     chord = 2 * np.sin(np.radians(same_arcsec / 3600) / 2)
-    beside[known] = cKDTree(xyz[known & rows]).query(xyz[known], distance_upper_bound=chord)[0] <= chord
-    return beside & ~rows
+    near[known] = cKDTree(xyz[known & rows]).query(xyz[known], distance_upper_bound=chord)[0] <= chord
+    return near
+
+
+def _of_its_group(examples: Examples, rows: NDArray[np.bool_], settings: TrainSettings) -> NDArray[np.bool_]:
+    """Whatever shares the group with what is left out, where groups are objects.
+
+    They are taken for objects where most of those with several examples, not all bogus, are of one class. Fields,
+    images and chips hold bogus ones beside the real ones, and the left-out kind in nearly each: without these, nothing
+    would be left to learn from.
+    """
+    table, unplaced = examples.table, np.ones(len(examples), bool)
+    if settings.group == "sky" and {"ra", "dec"} <= set(table):
+        # Cells are wider than an object: where positions are known, they tell what is the same.
+        unplaced = table[["ra", "dec"]].isna().any(axis=1).to_numpy()
+        table = table.drop(columns=["ra", "dec"])
+    number = np.unique(group_of(table, settings), return_inverse=True)[1]
+    each = pd.DataFrame({"label": examples.label}).groupby(number)["label"]
+    several = (each.size() > 1) & each.agg(lambda label: (label != BOGUS).any())
+    if not several.any() or (each.nunique()[several] == 1).mean() <= 0.5:
+        return np.zeros(len(examples), bool)
+    return np.isin(number, number[rows]) & unplaced
 
 
 def _ranked_by(found: _Scores, wanted: Sequence[str]) -> tuple[NDArray[np.float64], str]:

@@ -42,8 +42,8 @@ class FitConfig:
     augment: bool = True
     """Turn and mirror the stamps at random, the eight ways of a square."""
     swap: bool = True
-    """Of real or bogus, and of nothing else: exchange new and reference, and the sign of the difference, at random.
-    Subtraction is antisymmetric."""
+    """Of real or bogus on stamps alone (no features), and of nothing else: exchange new and reference, and the sign of
+    the difference, at random. Subtraction is antisymmetric."""
     freeze: bool = False
     """Of a model that is continued, fit the last layer only."""
     head_epochs: int = 3
@@ -96,7 +96,11 @@ class TrainSettings(FitConfig):
     cell_arcmin: float = 1.0
     """Side of those cells: larger than a stamp."""
     same_arcsec: float = 5.0
-    """Candidates nearer than this to each other go into one cell, also across its border."""
+    """Candidates nearer than this to each other go into one cell, also across its border; what is farther apart
+    may still share pixels of its stamps (`apart_arcsec`)."""
+    apart_arcsec: float = 0.0
+    """What of the parts to learn from lies nearer than this to what is measured on is left out; 0: nothing.
+    With half the diagonal of a stamp no candidate is in a stamp of another part; with all of it they share no pixel."""
     strata: tuple[str, ...] = ("ccd", "filter", "seeing", "mjd")
     """Columns over which, and over the classes, the parts are alike; those that are not there are passed over."""
     bins: int = 3
@@ -133,7 +137,16 @@ class TrainSettings(FitConfig):
         for name in ("epochs", "batch", "patience", "bins", "threads", "resamples", "trees", "smallest_leaf"):
             if getattr(self, name) < 1:
                 yield f"{name} = {getattr(self, name)}: must be at least 1"
-        for name in ("size", "learning_rate", "weight_decay", "body_rate", "head_epochs", "same_arcsec", "seed"):
+        for name in (
+            "size",
+            "learning_rate",
+            "weight_decay",
+            "body_rate",
+            "head_epochs",
+            "same_arcsec",
+            "apart_arcsec",
+            "seed",
+        ):
             if getattr(self, name) < 0:
                 yield f"{name} = {getattr(self, name)}: must not be negative"
         if self.leaves < 2:

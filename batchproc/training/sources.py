@@ -22,9 +22,10 @@ from batchproc.io.catalogue import open_catalogue
 from batchproc.io.run_folder import RunFolder
 from batchproc.io.stamps import open_stamps
 from batchproc.judging.candidates import label_run
+from batchproc.label_tables import table_labels
 from batchproc.learning.inputs import crop_or_pad
 from batchproc.training.examples import BOGUS, REAL, Examples
-from batchproc.training.labels import Rule, rule_labels, table_labels
+from batchproc.training.labels import Rule, rule_labels
 
 __all__ = ["Reading", "add_seeing", "at_most", "read_source"]
 
@@ -42,7 +43,7 @@ class Reading:
     size : int
         Side of the stamps to keep; 0: none are read, for models that take features alone.
     labels : Series, optional
-        Identity → class (`labels.read_labels`).
+        Identity → class (`batchproc.label_tables.read_labels`).
     rules : sequence of Rule
     truth : path, optional
         Of runs: known transients, as `batchproc.report.write_report` takes them.
@@ -88,7 +89,7 @@ def read_source(path: str | Path, reading: Reading) -> Examples:
     source = Path(path)
     if source.suffix == ".npz":
         found = _of_set(source, reading)
-    elif source.is_dir() and RunFolder(source).record.is_file():
+    elif RunFolder(source).begun:
         found = _of_run(source, reading)
     else:
         found = _of_alerts(source, reading)
@@ -155,9 +156,15 @@ def _of_alerts(path: Path, reading: Reading) -> Examples:
         return step
 
     n_alerts = 0
+    wanted = {name for rule in reading.rules for name, _, _ in rule.conditions}
+    found: set[str] = set()
     for alerts in show(read_alerts(path), total, "bytes", count=bytes_of, quiet=reading.quiet):
         table = _alert_table(alerts)
-        label = reading.label_of(table, table["id"], table["group"])
+        absent = wanted - set(table)
+        found |= wanted - absent
+        # Text of no value: a rule on it holds for none of these, whether it asks for a number or for a word.
+        asked = table.assign(**dict.fromkeys(absent, pd.Series(None, table.index, object)))
+        label = reading.label_of(asked, table["id"], table["group"])
         readable = np.isfinite(alerts.stamps).any(axis=(1, 2, 3))
         rows = np.flatnonzero((label != "") & readable)
         n_alerts, broken = n_alerts + len(alerts), broken + int((~readable).sum())
@@ -165,6 +172,10 @@ def _of_alerts(path: Path, reading: Reading) -> Examples:
             parts.append(
                 Examples(_cut(alerts.stamps, rows, reading.size), label[rows], table.iloc[rows].reset_index(drop=True))
             )
+    if (absent := wanted - found) and broken < n_alerts:
+        raise UsageError(
+            f"{path}: no alert has {', '.join(sorted(absent))}, for which a rule asks; look at its spelling"
+        )
     reading.notes.append(f"{path}: {sum(map(len, parts))} of {n_alerts} alerts are labelled, {broken} cannot be read")
     if not parts:
         raise UsageError(f"{path}: none of {n_alerts} alerts is labelled")
@@ -180,22 +191,28 @@ def _handed_over(parts: list[Examples]) -> Iterator[Examples]:
 
 
 def _alert_table(alerts: Alerts) -> pd.DataFrame:
-    """Measurements under ZTF's names, and the columns of `Examples.table`."""
+    """Measurements under the survey's names, and the columns of `Examples.table`."""
     table = pd.DataFrame([dict(candidate) for candidate in alerts.candidate], index=range(len(alerts)))
 
     def column(name: str) -> pd.Series:
         return table[name] if name in table else pd.Series(np.nan, range(len(alerts)))
 
+    def numbers(name: str) -> pd.Series:
+        return column(name).astype(float)
+
+    # Of each survey one of the two is there: ZTF's, or Rubin's.
+    ztf = column("fid").map(_ZTF_FILTERS).astype(object)
+    ccd = numbers("rcid").fillna(numbers("detector"))
     return table.assign(
         id=alerts.candid.astype(str),
         group=list(alerts.object_id),
         drb=alerts.drb,
-        ra=column("ra").astype(float),
-        dec=column("dec").astype(float),
-        mjd=column("jd").astype(float) - 2400000.5,
-        filter=column("fid").map(_ZTF_FILTERS).fillna(""),
-        ccd=column("rcid").map(lambda value: "" if pd.isna(value) else str(int(value))),
-        survey="ZTF",
+        ra=numbers("ra"),
+        dec=numbers("dec"),
+        mjd=(numbers("jd") - 2400000.5).fillna(numbers("midpointMjdTai")),
+        filter=ztf.where(ztf.notna(), column("band")).fillna(""),
+        ccd=ccd.map(lambda value: "" if pd.isna(value) else str(int(value))),
+        survey=list(alerts.survey),
     )
 
 

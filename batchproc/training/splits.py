@@ -1,8 +1,10 @@
 """Which examples are learnt from, which decide when to stop, and which are only measured on.
 
 A classifier that has seen a star, or a galaxy's nucleus, knows it again: so nothing at one place of the sky is in two
-parts. And parts that differ in chips, filters, seeing or season measure that difference besides the model: so the parts
-are alike in these. A cut in time does neither: the same sky is on both sides of it. Arrays only.
+parts. Stamps are larger than places: two candidates on either side of a cell's border share pixels, unless
+`TrainSettings.apart_arcsec` keeps the parts that far from each other. And parts that differ in chips, filters, seeing
+or season measure that difference besides the model: so the parts are alike in these. A cut in time does neither: the
+same sky is on both sides of it. Arrays only.
 """
 
 from __future__ import annotations
@@ -90,6 +92,10 @@ def split_examples(label: ArrayLike, table: pd.DataFrame, settings: TrainSetting
     n_classes = len(np.unique(classes[free]))
     chosen = _divide(number, len(names), strata, n_classes, np.array(list(shares.values())), settings.seed)
     part[free] = np.array(list(shares))[chosen[number]]
+    crowded = _too_near(part, table, settings.apart_arcsec)
+    part[crowded] = ""
+    if crowded.any():
+        notes.append(f"{crowded.sum()} examples within {settings.apart_arcsec:g}″ of another part were left out")
     _check_parts(classes, part, group, tuple(shares), settings)
     notes += [*_large_groups(group[free]), *_few_groups(part, group)]
     return Split(part, group, tuple(notes))
@@ -130,13 +136,10 @@ def sky_groups(ra: ArrayLike, dec: ArrayLike, *, cell_arcmin: float, same_arcsec
     Friends of friends (linking length `same_arcsec`) are one thing, and go where their middle is: into one of the
     cells, `cell_arcmin` a side, that bands of declination are divided into. Positions in degrees.
     """
-    longitude, latitude = np.radians(np.asarray(ra, float)), np.radians(np.asarray(dec, float))
-    if not len(longitude):
+    xyz = _directions(ra, dec)
+    if not len(xyz):
         return np.zeros(0, "U1")
-    cosine = np.cos(latitude)
-    xyz = np.column_stack([cosine * np.cos(longitude), cosine * np.sin(longitude), np.sin(latitude)])
-    chord = 2 * np.sin(np.radians(same_arcsec / 3600) / 2)
-    pairs = cKDTree(xyz).query_pairs(chord, output_type="ndarray")
+    pairs = cKDTree(xyz).query_pairs(_chord(same_arcsec), output_type="ndarray")
     links = coo_array((np.ones(len(pairs), np.bool_), (pairs[:, 0], pairs[:, 1])), shape=(len(xyz), len(xyz)))
     n_things, thing = connected_components(links, directed=False)
     total = np.stack([np.bincount(thing, xyz[:, k], n_things) for k in range(3)])
@@ -149,6 +152,35 @@ def sky_groups(ra: ArrayLike, dec: ArrayLike, *, cell_arcmin: float, same_arcsec
     cell = np.minimum((turn * around).astype(np.int64), around - 1)
     names = np.char.add(np.char.add(band.astype(np.str_), "/"), cell.astype(np.str_))
     return names[thing]
+
+
+def _directions(ra: ArrayLike, dec: ArrayLike) -> NDArray[np.float64]:
+    """Unit vectors ``(n, 3)`` of positions in degrees."""
+    longitude, latitude = np.radians(np.asarray(ra, float)), np.radians(np.asarray(dec, float))
+    cosine = np.cos(latitude)
+    return np.column_stack([cosine * np.cos(longitude), cosine * np.sin(longitude), np.sin(latitude)])
+
+
+def _chord(arcsec: float) -> float:
+    """Distance of two unit vectors so far from each other."""
+    return float(2 * np.sin(np.radians(arcsec / 3600) / 2))
+
+
+def _too_near(part: NDArray[np.str_], table: pd.DataFrame, apart_arcsec: float) -> NDArray[np.bool_]:
+    """What of valid lies that near to test, and what of train to test or to what is left of valid."""
+    left_out = np.zeros(len(part), np.bool_)
+    if not apart_arcsec or not {"ra", "dec"} <= set(table):
+        return left_out
+    ra, dec = (table[name].to_numpy(np.float64, na_value=np.nan) for name in ("ra", "dec"))
+    known = np.isfinite(ra) & np.isfinite(dec)
+    xyz = _directions(ra, dec)
+    for name, others in (("valid", ["test"]), ("train", ["test", "valid"])):
+        rows = np.flatnonzero(known & (part == name))
+        held = known & np.isin(part, others) & ~left_out
+        if len(rows) and held.any():
+            near = cKDTree(xyz[held]).query(xyz[rows], distance_upper_bound=_chord(apart_arcsec))[0]
+            left_out[rows] = np.isfinite(near)
+    return left_out
 
 
 def _large_groups(group: NDArray[np.str_]) -> list[str]:

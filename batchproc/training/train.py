@@ -7,7 +7,6 @@ fitted to examples is up to a `Learner`.
 from __future__ import annotations
 
 import importlib
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,8 +19,8 @@ from numpy.typing import NDArray
 from batchproc import __version__
 from batchproc.errors import UsageError
 from batchproc.io.atomic import replacing, write_bytes, write_text
-from batchproc.io.cards import CARD, InputCard, ModelCard, check_card
-from batchproc.io.models import Model, file_hash, load_model
+from batchproc.io.cards import CARD, InputCard, ModelCard, check_card, read_card
+from batchproc.io.models import Model, file_hash, find_model, load_model
 from batchproc.learning.evaluate import threshold_for_completeness
 from batchproc.training.examples import BOGUS, REAL, Examples, is_binary
 from batchproc.training.multiclass import measure_classes
@@ -44,7 +43,8 @@ __all__ = [
 
 #: Kind of classifier → the module whose ``learn`` is its `Learner`; imported when asked for.
 LEARNERS = {"network": "batchproc.training.neural", "forest": "batchproc.training.forest"}
-_MADE = ("config.toml", "split.parquet", "history.csv", "curves.png", "model")
+_BESIDE = ("config.toml", "split.parquet", "history.csv", "curves.png")
+_MADE = (*_BESIDE, "model")
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Trained:
         for table in self.card.metrics:
             lines += _say(table, self.card.training.get("base_on_the_same", {}))
         if not self.card.metrics:
-            lines.append("not measured: the test part has one class only")
+            lines.append("not measured: what has a score in the test part is of one class")
         files = ", ".join(name for name in _MADE if (self.folder / name).exists())
         lines += [f"in {self.folder}: {files}", f"next: batchproc models add {self.model_folder} --name NAME"]
         return "\n".join(lines)
@@ -166,11 +166,9 @@ def train_model(
     """
     folder = Path(out)
     check_room(folder, overwrite)
-    classes = check_examples(examples, settings)
+    classes = _as_in_base(check_examples(examples, settings), settings)
     split = split_examples(examples.label, examples.table, settings)
-    _make_room(folder)
-    write_text(folder / "config.toml", settings.to_toml())
-    _write_split(folder / "split.parquet", examples, split)
+    folder.mkdir(parents=True, exist_ok=True)
     parts = {name: examples.view(split.rows(name)) for name in PARTS}
     learn: Learner = importlib.import_module(LEARNERS[settings.kind]).learn
     with replacing(folder / "model") as temporary:
@@ -180,7 +178,11 @@ def train_model(
         )
         card = _card(temporary, learnt, classes, parts, settings)
         card = _measured(temporary, card, parts, split, settings)
-    _write_history(folder, learnt)
+        # A former training, which may be the base of this one, stays whole until here; its model is replaced last.
+        _remove_former(folder)
+        write_text(folder / "config.toml", settings.to_toml())
+        _write_split(folder / "split.parquet", examples, split)
+        _write_history(folder, learnt)
     return Trained(
         folder=folder,
         model_folder=folder / "model",
@@ -226,12 +228,10 @@ def check_room(out: str | Path, overwrite: bool) -> None:
         raise UsageError(f"{out}: holds a trained model already; another folder, or --overwrite to train it anew")
 
 
-def _make_room(folder: Path) -> None:
-    """Remove what a former training made, and nothing else."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in _MADE:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+def _remove_former(folder: Path) -> None:
+    """Remove what a former training left beside its model, which `replacing` exchanges."""
+    for name in _BESIDE:
+        (folder / name).unlink(missing_ok=True)
 
 
 def check_examples(examples: Examples, settings: TrainSettings) -> tuple[str, ...]:
@@ -244,6 +244,12 @@ def check_examples(examples: Examples, settings: TrainSettings) -> tuple[str, ..
         if not pd.api.types.is_numeric_dtype(examples.table[name]):
             raise UsageError(f"feature {name!r}: the column holds {examples.table[name].dtype} values, not numbers")
     return classes
+
+
+def _as_in_base(classes: tuple[str, ...], settings: TrainSettings) -> tuple[str, ...]:
+    """In the order of the base where it has the same ones, so that its last layer can go on."""
+    known = read_card(find_model(settings.base)).classes if settings.base else ()
+    return known if sorted(known) == sorted(classes) else classes
 
 
 def _write_split(path: Path, examples: Examples, split: Split) -> None:
@@ -301,12 +307,17 @@ def _measured(
     if card.classes == (REAL,):
         valid = parts["valid"]
         scores = _scores(load_model(folder), valid)
-        scored = np.isfinite(scores)
+        scored = _scored(scores)
+        if not _measurable(valid, scores):
+            raise UsageError(
+                f"the part valid: {scored.sum()} of {len(scored)} examples have a score, and of real and bogus both "
+                "are needed to choose the threshold; give more examples that have all features, or a larger valid"
+            )
         threshold = threshold_for_completeness(valid.label[scored] == REAL, scores[scored], settings.completeness)
         card = replace(card, threshold=float(np.floor(threshold * 1e6) / 1e6))
     test = parts["test"]
-    if len(set(test.label)) > 1:
-        scores = _scores(load_model(folder), test)
+    scores = _scores(load_model(folder), test)
+    if _measurable(test, scores):
         group = split.group[split.rows("test")]
         card = replace(card, metrics=(_metrics(card, test, scores, group, settings),))
         card = replace(card, training={**card.training, **_base_metrics(card, test, group, settings)})
@@ -321,6 +332,16 @@ def _scores(model: Model, examples: Examples) -> NDArray[np.float32]:
     return model.predict(examples.stamps if model.takes_stamps else None, features)
 
 
+def _measurable(examples: Examples, scores: NDArray[np.float32]) -> bool:
+    """Whether two classes are among what has a score."""
+    return len(set(examples.label[_scored(scores)])) > 1
+
+
+def _scored(scores: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Of ``(n,)`` or ``(n, classes)``, the rows that have a score."""
+    return np.asarray(np.isfinite(scores).all(axis=tuple(range(1, scores.ndim))))
+
+
 def _base_metrics(
     card: ModelCard, test: Examples, group: NDArray[np.str_], settings: TrainSettings
 ) -> dict[str, dict[str, Any]]:
@@ -328,7 +349,10 @@ def _base_metrics(
     if not settings.base or load_model(settings.base).classes != card.classes:
         return {}
     base = load_model(settings.base, variant="float")
-    found = _metrics(base.card, test, _scores(base, test), group, settings)
+    scores = _scores(base, test)
+    if not _measurable(test, scores):
+        return {}
+    found = _metrics(base.card, test, scores, group, settings)
     told = {key: value for key, value in found.items() if key.startswith(("auc_pr", "bogus_removed_at", "macro_f1"))}
     return {"base_on_the_same": told}
 
@@ -339,7 +363,7 @@ def _metrics(
     on = (
         f"held out: {', '.join(settings.holdout)}" if settings.holdout else "the test part, its groups never trained on"
     )
-    groups = None if len(np.unique(group)) < 2 or settings.group == "none" else group
+    groups = None if len(np.unique(group[_scored(scores)])) < 2 or settings.group == "none" else group
     common: dict[str, Any] = {"groups": groups, "resamples": settings.resamples}
     if card.classes == (REAL,):
         selection = f"{REAL} against {BOGUS}, as labelled"
@@ -363,6 +387,7 @@ def _say(table: Mapping[str, Any], base: Mapping[str, Any]) -> Iterator[str]:
             "auc_pr": "AUC-PR at 1:1",
             "bogus_removed_at_99_completeness": "bogus removed, 99 % complete",
             "completeness": f"real kept at {table['threshold']:.4g}",
+            **({"completeness_of_all": "  of all real, scored or not"} if table["n_not_scored"] else {}),
             "bogus_removed": f"bogus removed at {table['threshold']:.4g}",
         }
     else:

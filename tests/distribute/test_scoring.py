@@ -153,6 +153,31 @@ def test_a_model_under_which_workers_die_is_found(folder):
     assert [name for name in open_catalogue(folder.path) if name.startswith("score_")] == ["score_a", "score_b"]
 
 
+def test_a_model_that_has_failed_is_not_asked_again_where_workers_died(tmp_path):
+    """What is left of a chunk is seen when its turn comes, also the second time."""
+
+    class Fragile(SerialExecutor):
+        """Workers that die under several models at once."""
+
+        def submit(self, function, *arguments, resources=None, priority=0):
+            def call(chunk):
+                if len(chunk.models) > 1:
+                    raise WorkerDiedError("died")
+                asked.extend(chunk.models)
+                return function(chunk)
+
+            return super().submit(call, *arguments)
+
+    names = [f"n{i}" for i in range(1, 11)]
+    run(_runs.entries(*names), tmp_path / "run", config=_runs.CONFIG, steps=STUBS, report=False, **SERIAL)
+    folder, models = RunFolder(tmp_path / "run"), [_runs.Model("a"), _runs.Model("broken")]
+    asked, failed = [], {}
+    chunks = list(plan_chunks(folder, models, size=1))
+    done = list(classify_chunks(folder, chunks, Fragile(), models=models, failed=failed))
+    assert (len(done), asked.count("a"), list(failed)) == (10, 10, ["broken"])
+    assert asked.count("broken") < 5  # those that were under way already
+
+
 def test_what_the_disk_refuses_is_no_models_fault(folder, models, monkeypatch):
     """It ends the pass."""
 

@@ -288,7 +288,7 @@ def test_threads_prepare_once(tmp_path):
 
     def prepare(_):
         barrier.wait()
-        return tasks._prepare(job)
+        return tasks.prepare(job)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(prepare, range(4)))
@@ -303,7 +303,7 @@ def test_a_worker_on_another_processor_estimates(tmp_path):
     folder.wisdom_file.write_text('["bm8=", "bm8=", "bm8="]')
     job = tasks.Job(str(folder.path), folder.identity(), here=True)
     try:
-        tasks._prepare(job)
+        tasks.prepare(job)
         transform = get_fft((96, 96))
         real = np.random.default_rng(0).normal(size=(96, 96)).astype(np.float32)
         np.testing.assert_allclose(transform.forward(real.copy(), transform.half()), np.fft.rfft2(real), atol=1e-3)

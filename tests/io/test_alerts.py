@@ -164,6 +164,57 @@ def test_a_torn_tarball_says_where_it_breaks_off(night, name):
     assert "breaks off here" in alerts.problems[-1]
 
 
+def _ends(night):
+    """Tarballs whose end is not as it should be: what is in the file, and how many packets of five come before that."""
+    plain = tarball(night, "night.tar").read_bytes()
+    third = plain.rindex(b"././@PaxHeader", 0, plain.index(b"inner/2.avro"))  # its first block
+    end = -(-len(plain.rstrip(b"\0")) // 512) * 512
+    damaged = plain[:third] + b"?" + plain[third + 1 :]
+    packed = gzip.compress(plain, mtime=0)
+    return {
+        "a damaged header": (damaged, 2),
+        "a torn header": (plain[: third + 100], 2),
+        "cut between two files": (plain[:third], 2),
+        "no end mark": (plain[:end], 5),
+        "a hole of zeros": (plain[:third] + bytes(512) + plain[third + 512 :], 2),
+        "a packed one without its last bytes": (packed[:-20], 5),
+        "a packed one with another checksum": (packed[:-8] + bytes(4) + packed[-4:], 5),
+    }
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "a damaged header",
+        "a torn header",
+        "cut between two files",
+        "no end mark",
+        "a hole of zeros",
+        "a packed one without its last bytes",
+        "a packed one with another checksum",
+    ],
+)
+def test_no_tarball_ends_early_unsaid(night, what):
+    """Only a block of zeros is its end, with nothing but zeros after it, and a packed one's checksum holds."""
+    content, n = _ends(night)[what]
+    path = night.parent / "broken.tar"
+    path.write_bytes(content)
+    alerts = one(path)
+    assert alerts.candid.tolist() == [*range(n), -1]
+    assert "breaks off here" in alerts.problems[-1]
+
+
+def test_a_tarball_in_several_gzip_streams_is_read_through(night):
+    """As packers write it that work in parallel."""
+    plain = tarball(night, "night.tar").read_bytes()
+    half = len(plain) // 2
+    path = night.parent / "streams.tar.gz"
+    path.write_bytes(gzip.compress(plain[:half], mtime=0) + gzip.compress(plain[half:], mtime=0))
+    alerts = one(path)
+    assert alerts.candid.tolist() == [0, 1, 2, 3, 4]
+    assert set(alerts.problems) == {""}
+
+
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.integers(0, 40_000), junk=st.binary(min_size=1, max_size=40))
 def test_no_altered_byte_ends_the_reading(tmp_path, where, junk):

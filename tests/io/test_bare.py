@@ -1,4 +1,4 @@
-"""Files without a card: what they tell is taken from them, what they do not tell is asked for, never guessed."""
+"""Files without a card: what they tell is taken from them, what is not usual in the rest is asked for."""
 
 from __future__ import annotations
 
@@ -69,6 +69,15 @@ def test_a_file_tells_what_it_takes(inputs, classes, said, expected, tmp_path):
     features = np.ones((4, 2)) if card.input.features else None
     scores = load_model("mine").predict(stamps, features)
     assert np.isfinite(scores).all()
+
+
+def test_what_is_usual_is_assumed(tmp_path):
+    """The order of three channels, what one answer is, and the threshold, where nothing is said of them."""
+    path = write(tmp_path / "mine.onnx", {"stamps": NCHW})
+    card = card_of(path, Said(normalisation="min-max"))
+    assert (card.input.channels, card.classes, card.threshold) == (("new", "ref", "difference"), ("real",), 0.5)
+    wanted = card.input
+    assert (wanted.min_finite, wanted.truncated, wanted.padding) == (0.5, "centre", 0.0)
 
 
 def test_a_file_of_features_alone_reads_no_stamps(tmp_path):

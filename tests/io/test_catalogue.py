@@ -24,8 +24,12 @@ from batchproc.io.catalogue import (
 from batchproc.records import CATALOGUE
 from tests import _runs
 
-MODEL = SimpleNamespace(name="cnn", version="1.2", hash="abc123", normalisation="noise", classes=("real",))
-THREE = SimpleNamespace(name="kinds", version="1", hash="def", normalisation="none", classes=("a", "b", "c"))
+MODEL = SimpleNamespace(
+    name="cnn", version="1.2", hash="abc123", fingerprint="1", normalisation="noise", classes=("real",)
+)
+THREE = SimpleNamespace(
+    name="kinds", version="1", hash="def", fingerprint="2", normalisation="none", classes=("a", "b", "c")
+)
 
 
 def score(folder, image_id, values, model=MODEL):
@@ -151,6 +155,19 @@ def test_scores_of_another_version_are_not_mixed(folder):
     assert scored_images(folder, THREE) == set()
     with pytest.raises(RunMismatchError, match=r"version 1\.2 .*now is version 2"):
         scored_images(folder, SimpleNamespace(name="cnn", version="2", hash="fff", normalisation="noise"))
+
+
+def test_scores_of_another_card_are_not_mixed(folder):
+    """The same file, shown something else, gives other scores; those that do not say are known by their file."""
+    score(folder, "a", [0, 0, 0, 0])
+    other = SimpleNamespace(**(vars(MODEL) | {"fingerprint": "3", "normalisation": "min-max"}))
+    with pytest.raises(RunMismatchError, match=r"another card \(version 1\.2, normalisation noise; now .* min-max"):
+        scored_images(folder, other)
+    path = next(folder.scores_of("cnn").glob("*.parquet"))
+    table = pq.read_table(path)
+    metadata = {key: value for key, value in table.schema.metadata.items() if key != b"fingerprint"}
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    assert scored_images(folder, other) == {"a"}
 
 
 def test_scores_carry_a_digest_of_what_they_say(folder):

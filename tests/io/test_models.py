@@ -75,6 +75,28 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
+def test_a_fingerprint_is_of_all_that_scores_depend_on(toy, tmp_path):
+    """The file, what it is shown, and what its answers are called; nothing else of the card."""
+    model = load_model(toy)
+    wanted = InputCard(size=5, normalisation="none")
+    same = make_model(tmp_path / "same", version="2", threshold=0.9, input=replace(wanted, min_finite=0.5))
+    assert load_model(same).fingerprint == model.fingerprint
+    others = [
+        {"input": replace(wanted, **change)}
+        for change in (
+            {"normalisation": "min-max"},
+            {"size": 7},
+            {"min_finite": 0.4},
+            {"padding": 1.0},
+            {"truncated": "corner"},
+            {"channels": ("ref", "new", "difference")},
+        )
+    ]
+    others.append({"classes": ("sn",)})
+    found = {load_model(make_model(tmp_path / str(i), **other)).fingerprint for i, other in enumerate(others)}
+    assert len(found | {model.fingerprint}) == 1 + len(others)
+
+
 def test_scores_are_those_of_the_model(toy):
     """One float32 a stamp, whatever the batch; nothing is modified."""
     stamps = stamps_of()

@@ -278,7 +278,7 @@ def test_forgetting_that_is_killed_at_any_step_is_done_by_forgetting_again(run, 
 
 def test_what_is_forgotten_is_neither_done_nor_failed_nor_scored(run, template):
     """Wherever an image lies; the scores of others stay."""
-    model = SimpleNamespace(name="cnn", version="1", hash="h", normalisation="none")
+    model = SimpleNamespace(name="cnn", version="1", hash="h", fingerprint="h", normalisation="none")
     run.scores_of("cnn").mkdir(parents=True)
     rows = open_catalogue(run.path)
     path = run.scores_of("cnn") / "0.parquet"

@@ -73,7 +73,7 @@ def test_agreement_is_what_it_says():
     a = np.array([0.1, 0.6, 0.4, 0.9, np.nan, 0.2], np.float32)
     b = np.array([0.2, 0.4, 0.5, 0.9, 0.3, np.nan], np.float32)
     found = agreement(a, b, 0.5)
-    assert (found.n_stamps, found.lost, found.gained) == (4, 1, 1)
+    assert (found.n_stamps, found.above, found.lost, found.gained) == (4, 2, 1, 1)
     assert found.largest_difference == pytest.approx(0.2)
     assert found.mean_difference == pytest.approx(0.1)
     assert found.auc_pr is None
@@ -98,7 +98,7 @@ def test_of_several_classes_a_flip_is_another_most_probable_one():
     a = np.array([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.1, 0.5, 0.4]], np.float32)
     b = np.array([[0.3, 0.6, 0.1], [0.2, 0.5, 0.3], [0.1, 0.5, 0.4]], np.float32)
     found = agreement(a, b, 0.5, ["sn", "agn", "agn"], ("sn", "agn", "star"))
-    assert (found.lost, found.gained) == (1, 1)
+    assert (found.above, found.lost, found.gained) == (3, 1, 1)
     assert found.auc_pr_float == 1.0
     assert found.auc_pr < 1.0
 
@@ -192,6 +192,29 @@ def test_what_loses_auc_pr_is_not_written(toy, monkeypatch):
     assert contents(toy) == before
 
 
+def test_what_loses_many_at_the_threshold_is_not_written(toy, monkeypatch):
+    """Though scores differ little on average; of few above it, a share says nothing."""
+    stamps = stamps_of()
+    scores = load_model(toy).predict(stamps)
+    card = read_card(toy)
+    (toy / "card.toml").write_text(replace(card, threshold=float(np.nanmedian(scores))).to_toml())
+    before = contents(toy)
+    real = quantise.agreement
+
+    def worse(reference, scores, *args):
+        return real(reference, reference - np.float32(0.009), *args)
+
+    monkeypatch.setattr(quantise, "agreement", worse)
+    with pytest.raises(
+        ModelError, match=r"int8-tflite loses \d+ of \d+ stamps at the threshold, .*; allowed: 0.1%.*Noth"
+    ):
+        quantise_model(toy, stamps, formats=("tflite",), lost_tolerance=0.001)
+    assert contents(toy) == before
+    (toy / "card.toml").write_text(replace(card, threshold=float(np.sort(scores[:-5])[-20])).to_toml())
+    found = quantise_model(toy, stamps, formats=("tflite",), lost_tolerance=0)["int8-tflite"]
+    assert 0 < found.lost <= found.above < quantise.FEWEST_ABOVE
+
+
 def test_an_operator_that_cannot_be_written_is_named_and_nothing_is_written(tmp_path):
     """TFLite lacks it here, ONNX has it."""
     net = Builder()
@@ -243,6 +266,45 @@ def test_models_that_take_features_or_have_no_float_file_are_refused(tmp_path, t
         quantise_model(toy, stamps_of())
     with pytest.raises(UsageError, match="format coreml: known: onnx, tflite, edgetpu"):
         quantise_model(toy, stamps_of(), formats=("coreml",))
+
+
+def changing(toy, monkeypatch, **changes):
+    """Someone else writes to the card while versions are being made."""
+    make = FORMATS["tflite"].make
+
+    def made(*args):
+        (toy / "card.toml").write_text(replace(read_card(toy), **changes).to_toml())
+        return make(*args)
+
+    monkeypatch.setitem(FORMATS, "tflite", replace(FORMATS["tflite"], make=made))
+
+
+def test_what_is_written_to_the_card_meanwhile_stays(toy, monkeypatch):
+    """Measuring takes minutes."""
+    changing(toy, monkeypatch, description="Of better words.")
+    monkeypatch.setattr(quantise, "stamps_per_second", lambda model, stamps: set_default(toy, "int8-tflite") or 1.0)
+    quantise_model(toy, stamps_of(), formats=("tflite",))
+    card = read_card(toy)
+    assert (card.description, card.default_variant) == ("Of better words.", "int8-tflite")
+    assert set(card.speed) == {"float", "int8-tflite"}
+
+
+def test_what_was_measured_of_another_model_is_not_written(toy, monkeypatch):
+    """The threshold has been changed meanwhile."""
+    changing(toy, monkeypatch, threshold=0.9)
+    with pytest.raises(ModelError, match=r"the threshold were changed while .* give the same command again"):
+        quantise_model(toy, stamps_of(), formats=("tflite",))
+    assert set(contents(toy)) == {"model.onnx", "card.toml"}
+
+
+def test_files_and_card_change_together(toy):
+    """Where one of them cannot be written, none is."""
+    quantise_model(toy, stamps_of(), formats=("onnx",))
+    (toy / "model_int8.tflite" / "in the way").mkdir(parents=True)
+    before = {path.name: path.read_bytes() for path in toy.iterdir() if path.is_file()}
+    with pytest.raises(OSError):  # noqa: PT011, the words are those of the system
+        quantise_model(toy, stamps_of(300, 7), formats=("onnx", "tflite"), seed=3)
+    assert {path.name: path.read_bytes() for path in toy.iterdir() if path.is_file()} == before
 
 
 @pytest.mark.parametrize(("missing", "format_"), [("onnx", "onnx"), ("onnx", "tflite"), ("ai_edge_litert", "tflite")])

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from batchproc.errors import ModelError
+from batchproc.errors import ModelError, UsageError
 from batchproc.io.cards import InputCard, ModelCard, read_card
 from batchproc.io.model_checks import check_model
 from batchproc.io.models import file_hash, load_model
@@ -156,6 +156,30 @@ def test_classes_count_alike_whatever_their_numbers():
     once = balanced_loss(logits[:, None], real, real)
     more, truth = torch.cat([logits, logits[1:]]), np.append(real, real[1:])
     assert torch.allclose(once, balanced_loss(more[:, None], truth, truth))
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_loss_that_is_no_number_ends_it(monkeypatch, good):
+    """The weights from before are kept; where there are none, the error says what to set."""
+    from batchproc.training import fit
+
+    net, whole, losses = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 1)), fit._loss, []
+
+    def diverging(*arguments):
+        losses.append(whole(*arguments))
+        return losses[-1] * (1 if len(losses) <= 3 * good else torch.nan)  # of an epoch: two steps and the validation
+
+    monkeypatch.setattr(fit, "_loss", diverging)
+    part = fit.Labelled(np.ones((32, 3, 1, 1), np.float32), np.arange(32) % 2 == 0)
+    config = fit.FitConfig(epochs=5)
+    if not good:
+        with pytest.raises(UsageError, match="is nan after the first epoch"):
+            fit.fit(net, part, part, config, progress=False)
+        return
+    history = fit.fit(net, part, part, config, progress=False)
+    assert (history.best_epoch, len(history.valid_loss)) == (0, 2)
+    assert np.isnan(history.valid_auc_pr[1])
+    assert all(p.isfinite().all() for p in net.parameters())
 
 
 def test_metrics_carry_their_mixture_and_their_intervals(folder):

@@ -17,7 +17,10 @@ from batchproc.io.models import load_model
 from batchproc.job import classify
 from batchproc.training.examples import Examples
 from batchproc.training.forest import ForestConfig, fit_forest
+from batchproc.training.multiclass import measure_classes
+from batchproc.training.report import measure
 from batchproc.training.settings import TrainSettings
+from batchproc.training.splits import split_examples
 from batchproc.training.terms import LIMIT, TERMS, columns_of, compute, parse, to_onnx
 from batchproc.training.train import train_model
 from tests import _runs
@@ -140,6 +143,14 @@ def test_rows_that_lack_a_feature_are_not_learnt_from():
         fit_forest(table.assign(chi2=np.inf), label)
 
 
+def test_classes_are_measured_in_the_order_of_the_scores():
+    """Scores that are right are right in any order."""
+    label = np.array(["a", "b", "c"] * 5)
+    table = measure_classes("toys", label, np.eye(3)[[1, 2, 0] * 5], classes=("c", "a", "b"), resamples=2)
+    assert table["macro_f1"] == 1
+    assert table["n"] == {"c": 5, "a": 5, "b": 5}
+
+
 # --- As a model -------------------------------------------------------------------------------------------------------
 
 
@@ -165,6 +176,75 @@ def test_training_makes_a_model_of_features_alone(trained):
     table.loc[7, "ref_flux"] = np.nan
     scores = model.predict(None, table[list(card.input.features)])
     assert np.flatnonzero(np.isnan(scores)).tolist() == [7]
+
+
+@pytest.mark.parametrize("part", ["valid", "test"])
+def test_a_part_without_scores_is_said(tmp_path, part):
+    """Without a scored real one in valid there is no threshold; in test, nothing to measure."""
+    table, label = table_of(300)
+    table["group"] = [f"field {k % 20}" for k in range(len(table))]
+    wanted = TrainSettings(kind="forest", trees=3, resamples=5)
+    rows = split_examples(label, table, wanted).rows(part)
+    table.loc[rows[label[rows] == "real"], "chi2"] = np.nan
+    examples = Examples(np.zeros((len(table), 3, 1, 1), np.float32), label, table)
+    if part == "test":
+        found = train_model(examples, tmp_path, wanted, quiet=True)
+        assert found.card.metrics == ()
+        assert "what has a score in the test part is of one class" in found.text()
+        return
+    with pytest.raises(UsageError, match=r"the part valid: \d+ of \d+ examples have a score"):
+        train_model(examples, tmp_path, wanted, quiet=True)
+
+
+def test_real_ones_without_a_score_are_lost():
+    """The card says completeness of those that have one, and of all."""
+    real = np.arange(40) % 2 == 0
+    scores = np.where(real, 0.9, 0.1)
+    scores[:8] = np.nan
+    table = measure("toys", "all", real, scores, threshold=0.5, resamples=10)
+    assert (table["completeness"], table["completeness_of_all"]) == (1, 0.8)
+    assert table["completeness_of_all_interval"][0] <= 0.8 <= table["completeness_of_all_interval"][1]
+
+
+def test_a_former_training_stays_whole_until_the_new_one_is(tmp_path, monkeypatch):
+    """Trained anew, it may be continued from; what fails leaves it as it was, and the model comes last."""
+    table, label = table_of(300)
+    table["group"] = [f"field {k % 20}" for k in range(len(table))]
+    examples = Examples(np.zeros((len(table), 3, 1, 1), np.float32), label, table)
+    out, wanted = tmp_path / "out", TrainSettings(kind="forest", trees=3, resamples=5)
+    base = train_model(examples, out, wanted, quiet=True).model_folder
+
+    def read():
+        return {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+    before = read()
+
+    def failing(*_):
+        raise UsageError("stopped")
+
+    monkeypatch.setattr("batchproc.training.train._measured", failing)
+    with pytest.raises(UsageError, match="stopped"):
+        train_model(examples, out, replace(wanted, seed=1), overwrite=True, quiet=True)
+    assert read() == before
+    monkeypatch.undo()
+    found = train_model(examples, out, replace(wanted, seed=1, base=str(base)), overwrite=True, quiet=True)
+    assert "base_on_the_same" in found.card.training
+    assert TrainSettings.from_toml(out / "config.toml").seed == 1
+
+
+def test_the_model_comes_last(tmp_path, monkeypatch):
+    """Where what stands beside it cannot be written, there is no model that looks finished."""
+    table, label = table_of(300)
+    table["group"] = [f"field {k % 20}" for k in range(len(table))]
+    examples = Examples(np.zeros((len(table), 3, 1, 1), np.float32), label, table)
+
+    def failing(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("batchproc.training.train._write_history", failing)
+    with pytest.raises(OSError, match="disk full"):
+        train_model(examples, tmp_path, TrainSettings(kind="forest", trees=3, resamples=5), quiet=True)
+    assert not (tmp_path / "model").exists()
 
 
 def test_features_that_are_not_there_are_said_before_anything_is_done(tmp_path):

@@ -18,6 +18,7 @@ from batchproc.training import retrospective as module
 from batchproc.training.examples import Examples
 from batchproc.training.retrospective import left_out_rows, retrospective
 from batchproc.training.settings import TrainSettings
+from batchproc.training.splits import split_examples
 
 pytest.importorskip("sklearn")
 pytest.importorskip("skl2onnx")
@@ -111,6 +112,19 @@ def test_what_cannot_be_left_out_is_said_before_anything_is_trained(text, messag
     assert not list(tmp_path.iterdir())
 
 
+def test_a_later_search_that_cannot_be_trained_for_is_said_before_the_first(tmp_path, monkeypatch):
+    """What it leaves of a class is in too few groups for the parts."""
+    monkeypatch.setattr(module, "train_model", None)
+    made = examples(several=True)
+    odd = np.flatnonzero(made.label == "odd")
+    made.label[odd[3:]] = "side"  # one left for each part
+    part = split_examples(made.label, made.table, SETTINGS).part
+    learnt = made.table["id"][odd[:3][part[odd[:3]] == "train"][0]]
+    with pytest.raises(UsageError, match=f"--leave-out id={learnt}: the part .* has no odd: odd is in 2 groups"):
+        list(retrospective(made, tmp_path, SETTINGS, ["kind=up", f"id={learnt}"], QUICK))
+    assert not list(tmp_path.iterdir())
+
+
 # --- Searches ---------------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +198,25 @@ def test_an_event_is_left_out_with_what_lies_at_its_place(tmp_path):
     text = write_searches(found, tmp_path, QUICK).text()
     assert f"{one.table['place'][0]} of {one.ranking.n_list}" in text
     assert one.table["place"][0] < one.ranking.n_list / 3  # most others of its kind were learnt from
+
+
+@pytest.mark.parametrize("group", ["object", "sky"])
+def test_other_epochs_of_an_object_are_not_learnt_from(group):
+    """Which its group tells, also where one epoch is bogus; but not what merely lies in the same field."""
+    made = examples()
+    real = np.flatnonzero(made.label == "real")
+    names = np.array([f"bogus {k}" for k in range(len(made))], object)
+    names[real] = [f"object {k // 4}" for k in range(len(real))]
+    made.label[real[1]] = "bogus"
+    table = made.table.assign(**{"group" if group == "sky" else group: names})
+    rows = np.arange(len(made)) == real[0]
+    settings = replace(SETTINGS, group=group)
+    beside = module._beside(Examples(made.stamps, made.label, table), rows, settings)
+    assert np.flatnonzero(beside).tolist() == real[1:4].tolist()
+    placed = table.assign(ra=np.linspace(10, 20, len(made)), dec=0.0)
+    beside = module._beside(Examples(made.stamps, made.label, placed), rows, settings)
+    assert beside.sum() == (0 if group == "sky" else 3)
+    assert not module._beside(made, rows, SETTINGS).any()
 
 
 def test_of_several_classes_it_is_its_own_or_else_not_being_bogus_that_counts(tmp_path):

@@ -10,13 +10,15 @@ import pytest
 
 from batchproc.config import Config
 from batchproc.errors import ConfigError, ExposureError, UsageError
+from batchproc.io.alerts import read_alerts
 from batchproc.io.catalogue import open_catalogue
 from batchproc.io.stamps import open_stamps
-from batchproc.training import injections
+from batchproc.label_tables import read_labels, table_labels
+from batchproc.training import injections, sources
 from batchproc.training.examples import Examples
 from batchproc.training.gather import Sources, describe, gather, known_places
 from batchproc.training.injections import Injections, inject_manifest
-from batchproc.training.labels import parse_rules, read_labels, rule_labels, table_labels
+from batchproc.training.labels import parse_rules, rule_labels
 from batchproc.training.settings import TrainSettings
 from batchproc.training.sources import Reading, at_most, read_source
 from tests import _runs
@@ -59,6 +61,7 @@ def test_examples_come_back_from_the_disk(tmp_path):
     [
         ({"stamps": np.zeros((2, 3, 5, 5))}, "expected the arrays stamps, and label or real; found stamps"),
         ({"stamps": np.zeros((2, 3, 5, 5)), "real": np.zeros(3, bool)}, "2 stamps, 3 labels"),
+        ({"stamps": np.zeros((2, 3, 5, 5)), "real": np.array([1, np.nan])}, "real is neither 0 nor 1 in 1 of 2 rows"),
         ({"stamps": np.zeros((2, 5, 5)), "real": np.zeros(2, bool)}, r"expected \(n, 3, h, w\)"),
         ({"stamps": np.zeros((2, 3, 5, 5)), "real": np.zeros(2, bool), "mjd": np.zeros((2, 2))}, "mjd of shape"),
     ],
@@ -108,12 +111,23 @@ def test_people_label_by_any_usual_name(tmp_path):
     assert table_labels(labels, ["99", "12"], ["11", "11"]).tolist() == ["real", "bogus"]
 
 
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_identities_are_read_digit_by_digit(tmp_path, suffix):
+    """Also where one of them is missing; a row without a class, or without an identity, says nothing."""
+    ids, path = pd.array([1105522281015015017, None, 7, 8], "Int64"), tmp_path / f"a.{suffix}"
+    table = pd.DataFrame({"candid": ids, "real": pd.array([True, True, None, False], "boolean")})
+    table.to_csv(path, index=False) if suffix == "csv" else table.to_parquet(path)
+    assert read_labels(path).to_dict() == {"1105522281015015017": "real", "8": "bogus"}
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
         ({"name": ["a"], "label": ["real"]}, "needs one of candidate_id, id, candid"),
-        ({"id": ["a"], "real": [2]}, "real is neither 0 nor 1 in some rows, such as 2"),
+        ({"id": ["a"], "real": [2]}, "real is neither 0 nor 1 in 1 of 1 rows, such as 2"),
+        ({"id": ["a", "b"], "real": [1, "no"]}, "real is neither 0 nor 1 in 1 of 2 rows, such as no"),
         ({"id": ["a", "a"], "label": ["x", "y"]}, "a has 2 classes: x, y"),
+        ({"candid": [1105522281015015000, None], "real": [1, 0]}, "candid is rounded in 1 rows, such as 1.1055"),
     ],
 )
 def test_tables_that_say_nothing_clear_are_refused(tmp_path, columns, message):
@@ -206,6 +220,35 @@ def test_alert_packets_by_rules_and_by_tables(tmp_path):
         read_source(tmp_path, Reading(size=31, quiet=True))
 
 
+def test_rules_pass_over_alerts_that_cannot_be_read(tmp_path, monkeypatch):
+    """A chunk of nothing else has no columns; a column that no alert at all has is an error."""
+    pytest.importorskip("fastavro")
+    from tests.io._packets import packet, record, stamp_of
+
+    monkeypatch.setattr(sources, "read_alerts", lambda path: read_alerts(path, chunk=1))
+    (tmp_path / "0.avro").write_bytes(b"torn")
+    (tmp_path / "1.avro").write_bytes(packet(record(1, stamp_of())))
+    reading = Reading(size=9, rules=parse_rules(["real: fid == 1", "bogus: fid == 2 and objectId == x"]), quiet=True)
+    with pytest.raises(UsageError, match="no alert has objectId, for which a rule asks"):
+        read_source(tmp_path, reading)
+    found = read_source(tmp_path, replace(reading, rules=reading.rules[:1], notes=[]))
+    assert found.label.tolist() == ["real"]
+
+
+def test_packets_of_rubin_have_its_names(tmp_path):
+    """Survey, time, filter and detector, by which the parts are made alike."""
+    pytest.importorskip("fastavro")
+    from tests.io import _packets, _rubin
+
+    (tmp_path / "a.avro").write_bytes(_rubin.packet(_rubin.record(1, _packets.stamp_of(h=49, w=49), band="i")))
+    (tmp_path / "b.avro").write_bytes(_packets.packet(_packets.record(2, _packets.stamp_of())))
+    table = read_source(tmp_path, Reading(size=9, labels=pd.Series({"1": "SN", "2": "SN"}), quiet=True)).table
+    assert table["survey"].tolist() == ["LSST", "ZTF"]
+    assert table["filter"].tolist() == ["i", "g"]
+    assert table["ccd"].tolist() == ["94", ""]
+    assert table["mjd"].iloc[0] == pytest.approx(60623.26)
+
+
 def test_several_sources_are_one_set(tmp_path):
     """Each row says where it is from; of each at most so many of a class."""
     for k in (1, 2):
@@ -223,11 +266,11 @@ def planted(monkeypatch, tmp_path):
     """A manifest of three images, one of which fails; how often each was worked on."""
     worked = []
 
-    def fake(entry, how, number):
+    def fake(entry, how):
         worked.append(entry.image_id)
         if entry.image_id == "bad":
             raise ExposureError("too few stars")
-        return some(4, size=31, seed=number)
+        return some(4, size=31, seed=int(how.random_of(entry).integers(1000)))
 
     monkeypatch.setattr(injections, "_planted", fake)
     monkeypatch.setattr(injections, "read_manifest", lambda path: _runs.entries("a", "bad", "c"))
@@ -249,6 +292,26 @@ def test_injections_are_made_once(planted, tmp_path):
     assert Sources((), ["night.csv"], replace(how, seed=1)).missing() == 3
     other = Config.from_dict({"detect": {"threshold": 5.0}})
     assert Sources((), ["night.csv"], replace(how, config=other)).missing() == 3
+
+
+def test_injections_do_not_depend_on_the_other_images(planted, monkeypatch, tmp_path):
+    """An image has the same ones wherever it stands in a manifest; another image, or seed, has others."""
+    whole = inject_manifest("night.csv", Injections(tmp_path / "one"), quiet=True)
+    monkeypatch.setattr(injections, "read_manifest", lambda path: _runs.entries("c"))
+    alone = inject_manifest("night.csv", Injections(tmp_path / "two"), quiet=True)
+    np.testing.assert_array_equal(alone.stamps, whole.stamps[4:])
+    assert not (alone.stamps == whole.stamps[:4]).any()
+    assert not (inject_manifest("night.csv", Injections(tmp_path, seed=1), quiet=True).stamps == alone.stamps).any()
+
+
+def test_injections_notice_other_pixels(tmp_path):
+    """An image that was made again, under the name it had, is planted in again."""
+    (tmp_path / "new.fits").write_bytes(b"one")
+    entry, how = replace(_runs.entries("a")[0], new=str(tmp_path / "new.fits")), Injections(tmp_path)
+    before = how.key(entry)
+    assert how.key(entry) == before
+    (tmp_path / "new.fits").write_bytes(b"three")
+    assert how.key(entry) != before
 
 
 def test_what_is_known_to_have_changed_is_no_artefact(run):

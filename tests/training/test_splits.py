@@ -195,3 +195,21 @@ def test_the_border_of_a_cell_divides_no_one_thing():
     assert len(set(cell[:4])) == 1
     far = sky_groups(np.full(5, 30.0), dec, cell_arcmin=2.0, same_arcsec=3.0)
     assert far[1] != far[2] or far[0] != far[1]
+
+
+def test_parts_keep_their_distance():
+    """As far as asked, for the sake of what is measured on: nothing of the test part is given up for it."""
+    label, table = candidates(3000, 8)
+    table.loc[:9, "ra"] = np.nan
+    plain = split_examples(label, table, SETTINGS)
+    found = split_examples(label, table, replace(SETTINGS, apart_arcsec=30.0))
+    nearest = {}
+    for split in (plain, found):
+        rows = {part: split.rows(part)[split.rows(part) > 9] for part in PARTS}
+        for one, other in (("train", "test"), ("valid", "test"), ("train", "valid")):
+            nearest.setdefault((one, other), []).append(separation_arcsec(table, rows[one], rows[other]).min())
+    assert all(before < 30 < after for before, after in nearest.values())
+    np.testing.assert_array_equal(found.rows("test"), plain.rows("test"))
+    left_out = (found.part == "").sum()
+    assert 0 < left_out < 1000
+    assert f"{left_out} examples within 30″ of another part were left out" in found.notes

@@ -126,6 +126,18 @@ def test_several_classes_with_features(tmp_path, layout):
     assert table["macro_f1_interval"][0] <= table["macro_f1"] <= table["macro_f1_interval"][1]
 
 
+@pytest.mark.parametrize(("features", "swapped"), [((), True), (("hint",), False)])
+def test_epochs_are_exchanged_only_where_no_feature_contradicts(tmp_path, monkeypatch, features, swapped):
+    """Features of the epochs as they were go with stamps as they were."""
+    from batchproc.training import fit
+
+    found = []
+    monkeypatch.setattr(fit, "swap_epochs", lambda stamps, _: found.append(1) or stamps)
+    settings = replace(SETTINGS, features=features, epochs=1, resamples=2)
+    train_model(toys(120, 14), tmp_path / "out", settings, quiet=True)
+    assert bool(found) == swapped
+
+
 def test_few_labels_improve_a_model_elsewhere(trained, tmp_path):
     """Where hot pixels are as broad as the base has never seen them, eighty labels help; the card names the base."""
     domain = {"broad": (1.2, 1.3), "sharp": 0.8}
@@ -298,6 +310,22 @@ def test_a_network_of_others_is_read_and_goes_on(tmp_path, layout, training):
     assert found.card.training["agreement_with_base"] < 1e-5
     assert found.card.input == read_card(base).input
     assert len(check_model(found.model_folder)) == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_same_classes_keep_the_order_and_the_last_layer_of_the_base(tmp_path):
+    """Whatever the alphabet says; each example counts for its own class."""
+    from batchproc.training.neural import _labelled
+
+    base = model_of(small_net(), tmp_path / "base")
+    (base / CARD).write_text(read_card(base).to_toml().replace('"a",\n    "b",', '"b",\n    "a",'))
+    examples = toys(120, 11, classes=("a", "b"))
+    settings = replace(SETTINGS, base=str(base), epochs=1, resamples=2)
+    card = train_model(examples, tmp_path / "out", settings, quiet=True).card
+    assert (card.classes, card.training["last_layer"]) == (("b", "a"), "continued")
+    assert set(card.training["base_on_the_same"]) > {"macro_f1"}
+    truth = _labelled("train", examples, card.input, card.classes).truth
+    np.testing.assert_array_equal(truth, examples.label == "a")
 
 
 @pytest.mark.filterwarnings("ignore")
