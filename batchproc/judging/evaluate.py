@@ -2,76 +2,34 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from batchproc.completeness.verdicts import finite
-from batchproc.errors import UsageError
-from batchproc.io.atomic import write_bytes, write_text
 from batchproc.io.cost import Cost
-from batchproc.judging.beside import ENOUGH_GROUPS, bootstrap_words, check_groups, cost_rows, how
+from batchproc.judging.beside import cost_rows
 from batchproc.judging.candidates import Candidates
 from batchproc.judging.drawing import draw
 from batchproc.judging.measures import MIXTURES, Judgement, Plan, judge
+from batchproc.judging.outcome import Outcome, carry_out
 from batchproc.judging.text import say, table
 
 __all__ = ["Evaluation", "evaluate_candidates"]
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What was found of each score, how, and where it was written.
+class Evaluation(Outcome):
+    """What was found of each score of real and bogus; ``judgements`` is a tuple of `Judgement`."""
 
-    Attributes
-    ----------
-    plan : Plan
-    judgements : tuple of Judgement
-    group : str
-        What was drawn as a whole; "none" for single candidates.
-    n_groups : int
-    notes : tuple of str
-    files : tuple of Path
-    costs : mapping
-        Name of a model → what it costs, where that was measured.
-    """
+    def numbers(self, found: Judgement) -> dict[str, Any]:
+        """One judgement, for JSON."""
+        return found.to_dict(self.plan)
 
-    plan: Plan
-    judgements: tuple[Judgement, ...]
-    group: str
-    n_groups: int
-    notes: tuple[str, ...]
-    files: tuple[Path, ...]
-    costs: Mapping[str, Cost] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        document = {
-            "prevalences": MIXTURES,
-            "bootstrap": how(self.plan, self.group, self.n_groups),
-            "notes": list(self.notes),
-            "scores": {
-                found.name: found.to_dict(self.plan)
-                | {"cost": vars(cost) if (cost := self.costs.get(found.name)) else None}
-                for found in self.judgements
-            },
-        }
-        plain: dict[str, Any] = finite(document)
-        return plain
-
-    def text(self) -> str:
-        """Tables for a terminal."""
+    def tables(self) -> list[str]:
+        """All judgements, in lines for a terminal."""
         lines = [*table(("", "for real:bogus of", *(j.name for j in self.judgements)), _rows(self)), ""]
         lines += [line for found in self.judgements for line in _calibration(found)]
         lines += [line for found in self.judgements for line in _parts(found)]
-        drawn = bootstrap_words(self.plan, self.group, self.n_groups)
-        lines.append(f"{drawn}; the threshold was chosen on these same candidates")
-        lines += [f"note: {note}" for note in self.notes]
-        return "\n".join([*lines, f"in {self.files[0].parent}: {', '.join(path.name for path in self.files)}"])
+        return [*lines, f"{self.drawn}; the threshold was chosen on these same candidates"]
 
 
 def evaluate_candidates(
@@ -95,25 +53,9 @@ def evaluate_candidates(
     OSError
         The folder cannot be made; before anything is computed.
     """
-    plan = Plan() if plan is None else plan
-    n_groups = check_groups(candidates.group, candidates.group_name, len(candidates.real))
-    Path(out).mkdir(parents=True, exist_ok=True)
-    found = []
-    for name in candidates.scores:
-        try:
-            found.append(judge(candidates, name, plan))
-        except ValueError as error:
-            scored = int((~np.isnan(candidates.scores[name])).sum())
-            raise UsageError(f"{name}: {scored} of {len(candidates.real)} candidates scored; {error}") from error
-    notes = [*candidates.notes, *_warnings(found, plan)]
-    if n_groups < ENOUGH_GROUPS:
-        notes.append(f"{n_groups} groups are few: intervals from fewer than {ENOUGH_GROUPS} are too narrow")
-    files = (Path(out) / "metrics.json", Path(out) / "classifier.png")
-    group = candidates.group_name
-    result = Evaluation(plan, tuple(found), group, n_groups, tuple(notes), files, dict(costs or {}))
-    write_text(files[0], json.dumps(result.to_dict(), indent=1) + "\n")
-    write_bytes(files[1], draw(result.judgements))
-    return result
+    return carry_out(
+        candidates, out, plan or Plan(), costs, judge=judge, warnings=_warnings, kind=Evaluation, draw=draw
+    )
 
 
 def _warnings(found: Sequence[Judgement], plan: Plan) -> Iterator[str]:

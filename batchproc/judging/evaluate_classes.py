@@ -2,69 +2,35 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from batchproc.completeness.verdicts import finite
-from batchproc.errors import UsageError
-from batchproc.io.atomic import write_bytes, write_text
 from batchproc.io.cost import Cost
-from batchproc.judging.beside import ENOUGH_GROUPS, bootstrap_words, check_groups, cost_rows, how
+from batchproc.judging.beside import cost_rows
 from batchproc.judging.class_drawing import draw_classes
 from batchproc.judging.classes import ClassJudgement, judge_classes
 from batchproc.judging.measures import MIXTURES, Plan
+from batchproc.judging.outcome import Outcome, carry_out
 from batchproc.judging.text import say, table
 from batchproc.judging.typed import Typed
 
 __all__ = ["ClassEvaluation", "evaluate_classes"]
 
 
-@dataclass(frozen=True)
-class ClassEvaluation:
-    """What was found of each model, how, and where it was written.
+class ClassEvaluation(Outcome):
+    """What was found of each model of several classes; ``judgements`` is a tuple of `ClassJudgement`."""
 
-    Attributes
-    ----------
-    plan, group, n_groups, notes, files, costs
-        As of `batchproc.judging.evaluate.Evaluation`.
-    judgements : tuple of ClassJudgement
-    """
+    def numbers(self, found: ClassJudgement) -> dict[str, Any]:
+        """One judgement, for JSON."""
+        return found.to_dict()
 
-    plan: Plan
-    judgements: tuple[ClassJudgement, ...]
-    group: str
-    n_groups: int
-    notes: tuple[str, ...]
-    files: tuple[Path, ...]
-    costs: Mapping[str, Cost] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: no NaN, which JSON does not have."""
-        document = {
-            "prevalences": MIXTURES,
-            "bootstrap": how(self.plan, self.group, self.n_groups),
-            "notes": list(self.notes),
-            "scores": {
-                found.name: found.to_dict() | {"cost": vars(cost) if (cost := self.costs.get(found.name)) else None}
-                for found in self.judgements
-            },
-        }
-        plain: dict[str, Any] = finite(document)
-        return plain
-
-    def text(self) -> str:
-        """Tables for a terminal."""
+    def tables(self) -> list[str]:
+        """All judgements, in lines for a terminal."""
         lines = [*table(("", "for a mixture of", *(j.name for j in self.judgements)), _overall(self)), ""]
         for found in self.judgements:
             lines += [*_by_class(found, self.plan), *_matrix(found), *_parts(found)]
-        lines.append(bootstrap_words(self.plan, self.group, self.n_groups))
-        lines += [f"note: {note}" for note in self.notes]
-        return "\n".join([*lines, f"in {self.files[0].parent}: {', '.join(path.name for path in self.files)}"])
+        return [*lines, self.drawn]
 
 
 def evaluate_classes(
@@ -88,28 +54,19 @@ def evaluate_classes(
     OSError
         The folder cannot be made; before anything is computed.
     """
-    plan = Plan() if plan is None else plan
-    n_groups = check_groups(candidates.group, candidates.group_name, len(candidates.truth))
-    Path(out).mkdir(parents=True, exist_ok=True)
-    found = []
-    for name in candidates.scores:
-        try:
-            found.append(judge_classes(candidates, name, plan))
-        except ValueError as error:
-            scored = int((~np.isnan(candidates.scores[name][:, 0])).sum())
-            raise UsageError(f"{name}: {scored} of {len(candidates.truth)} candidates scored; {error}") from error
-    notes = [*candidates.notes, *_warnings(found)]
-    if n_groups < ENOUGH_GROUPS:
-        notes.append(f"{n_groups} groups are few: intervals from fewer than {ENOUGH_GROUPS} are too narrow")
-    files = (Path(out) / "metrics.json", Path(out) / "classifier.png")
-    group = candidates.group_name
-    result = ClassEvaluation(plan, tuple(found), group, n_groups, tuple(notes), files, dict(costs or {}))
-    write_text(files[0], json.dumps(result.to_dict(), indent=1) + "\n")
-    write_bytes(files[1], draw_classes(result.judgements))
-    return result
+    return carry_out(
+        candidates,
+        out,
+        plan or Plan(),
+        costs,
+        judge=judge_classes,
+        warnings=_warnings,
+        kind=ClassEvaluation,
+        draw=draw_classes,
+    )
 
 
-def _warnings(found: list[ClassJudgement]) -> Iterator[str]:
+def _warnings(found: list[ClassJudgement], plan: Plan) -> Iterator[str]:
     for one in found:
         if one.lost.sum():
             told = ", ".join(f"{n} {name}" for name, n in zip(one.classes, one.lost, strict=True) if n)
