@@ -10,7 +10,18 @@ from typing import Any
 import click
 
 from batchproc.cli.common import INTERRUPTED, complain, example
-from batchproc.cli.training import settings_of, what_to_read
+from batchproc.cli.training import (
+    cell_option,
+    group_option,
+    kind_option,
+    labels_option,
+    most_option,
+    rule_option,
+    seed_option,
+    settings_of,
+    threads_option,
+    what_to_read,
+)
 
 _PATH = click.Path(path_type=Path)
 
@@ -32,26 +43,14 @@ _PATH = click.Path(path_type=Path)
     metavar="COLUMN[=VALUE]",
     help="Learn from none of these, such as label=SN or id=NAME; of a COLUMN, each value in turn; may be repeated.",
 )
-@click.option(
-    "--labels",
-    type=_PATH,
-    help="Table (CSV, Parquet): candidate_id, candid or objectId, and label (a class) or real (0, 1).",
-)
+@labels_option
 @click.option("--truth", type=_PATH, help="Of a run: its known transients.  [default: RUN/truth.parquet]")
-@click.option(
-    "--rule",
-    "rules",
-    multiple=True,
-    metavar="'CLASS: CONDITION'",
-    help="Label by columns, such as 'real: drb > 0.9'; may be repeated.",
-)
-@click.option(
-    "--most", type=click.IntRange(0), default=0, metavar="N", help="Of each class and source at most N.  [default: all]"
-)
-@click.option("--kind", type=click.Choice(["network", "forest"]), help="What is fitted.  [default: network]")
+@rule_option
+@most_option
+@kind_option
 @click.option("--feature", "features", multiple=True, metavar="COLUMN", help="As of `batchproc train`.")
-@click.option("--group", metavar="COLUMN", help="What is never divided: sky, none, or a column.  [default: sky]")
-@click.option("--cell", type=float, metavar="ARCMIN", help="Cells of the sky for that.  [default: 3]")
+@group_option
+@cell_option
 @click.option("--epochs", type=click.IntRange(1), metavar="N", help="Of each training.  [default: 40]")
 @click.option(
     "--completeness",
@@ -61,8 +60,8 @@ _PATH = click.Path(path_type=Path)
     help="Of the ordinary real ones, the fraction that the threshold keeps.",
 )
 @click.option("--resamples", type=click.IntRange(2), default=1000, show_default=True, help="Of the bootstrap.")
-@click.option("--seed", type=click.IntRange(0), help="Of everything random.  [default: 0]")
-@click.option("--threads", type=click.IntRange(1), help="Of the computation.  [default: 1]")
+@seed_option
+@threads_option
 @click.option("--settings", type=_PATH, help="All settings of the training, as OUT/config.toml of `batchproc train`.")
 @click.option("--no-control", is_flag=True, help="Do not train once more with nothing left out.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")

@@ -25,6 +25,34 @@ _SETTINGS = {
 }
 
 
+# --- Options of every verb that trains -------------------------------------------------------------------------------
+
+labels_option = click.option(
+    "--labels",
+    type=_PATH,
+    help="Table (CSV, Parquet): candidate_id, candid or objectId, and label (a class) or real (0, 1).",
+)
+rule_option = click.option(
+    "--rule",
+    "rules",
+    multiple=True,
+    metavar="'CLASS: CONDITION'",
+    help="Label by columns, such as 'real: drb > 0.9'; may be repeated.",
+)
+most_option = click.option(
+    "--most", type=click.IntRange(0), default=0, metavar="N", help="Of each class and source at most N.  [default: all]"
+)
+kind_option = click.option(
+    "--kind", type=click.Choice(["network", "forest"]), help="What is fitted.  [default: network]"
+)
+group_option = click.option(
+    "--group", metavar="COLUMN", help="What is never divided: sky, none, or a column.  [default: sky]"
+)
+cell_option = click.option("--cell", type=float, metavar="ARCMIN", help="Cells of the sky for that.  [default: 1]")
+seed_option = click.option("--seed", type=click.IntRange(0), help="Of everything random.  [default: 0]")
+threads_option = click.option("--threads", type=click.IntRange(1), help="Of the computation.  [default: 1]")
+
+
 @click.command(
     "train",
     epilog=example(
@@ -36,30 +64,18 @@ _SETTINGS = {
 )
 @click.argument("sources", nargs=-1, type=_PATH, metavar="[SOURCE]...")
 @click.option("--out", required=True, type=_PATH, help="Folder of the results: made if missing.")
-@click.option(
-    "--labels",
-    type=_PATH,
-    help="Table (CSV, Parquet): candidate_id, candid or objectId, and label (a class) or real (0, 1).",
-)
+@labels_option
 @click.option("--truth", type=_PATH, help="Known transients, of runs and of --inject.  [default: RUN/truth.parquet]")
-@click.option(
-    "--rule",
-    "rules",
-    multiple=True,
-    metavar="'CLASS: CONDITION'",
-    help="Label by columns, such as 'real: drb > 0.9'; may be repeated.",
-)
+@rule_option
 @click.option(
     "--inject", "manifests", multiple=True, type=_PATH, metavar="MANIFEST", help="Plant transients in its images."
 )
 @click.option("--config", type=_PATH, help="Pipeline settings for --inject.  [default: a search from 3.75 sigma]")
 @click.option("--cache", type=_PATH, help="Where injections are kept.  [default: injected, beside OUT]")
-@click.option(
-    "--most", type=click.IntRange(0), default=0, metavar="N", help="Of each class and source at most N.  [default: all]"
-)
+@most_option
 @click.option("--from", "base", metavar="MODEL", help="Continue from this model; few labels will do.")
 @click.option("--freeze", is_flag=True, default=None, help="Of that model, fit the last layer only.")
-@click.option("--kind", type=click.Choice(["network", "forest"]), help="What is fitted.  [default: network]")
+@kind_option
 @click.option("--network", metavar="NAME", help="Which network: realbogus, vgg6.  [default: realbogus]")
 @click.option("--feature", "features", multiple=True, metavar="COLUMN", help="Taken besides the stamp; repeatable.")
 @click.option("--name", help="Of the model, on its card.  [default: trained]")
@@ -69,11 +85,11 @@ _SETTINGS = {
     metavar="COLUMN=VALUE",
     help="Measure on all of these, and only on these, such as survey=GOTO; may be repeated.",
 )
-@click.option("--group", metavar="COLUMN", help="What is never divided: sky, none, or a column.  [default: sky]")
-@click.option("--cell", type=float, metavar="ARCMIN", help="Cells of the sky for that.  [default: 1]")
+@group_option
+@cell_option
 @click.option("--epochs", type=click.IntRange(1), metavar="N", help="Passes over the examples.  [default: 40]")
-@click.option("--seed", type=click.IntRange(0), help="Of everything random.  [default: 0]")
-@click.option("--threads", type=click.IntRange(1), help="Of the computation.  [default: 1]")
+@seed_option
+@threads_option
 @click.option("--settings", type=_PATH, help="All settings, as a former OUT/config.toml has them.")
 @click.option("--overwrite", is_flag=True, help="Train anew where OUT has a model already.")
 @click.option("--dry-run", is_flag=True, help="Count the examples, show the parts, and train nothing.")
