@@ -30,6 +30,8 @@ import numpy as np
 from astropy.io import fits
 from numpy.typing import NDArray
 
+from batchproc.learning.inputs import overlap
+
 __all__ = ["CUTOUTS", "RUBIN", "STAMP_SIZE", "ZTF", "Record", "read_record"]
 
 ZTF, RUBIN = "ZTF", "LSST"
@@ -115,15 +117,9 @@ def _put_in_the_middle(pixels: Stamp, centre: tuple[float, float] | None, out: S
     for axis, (place, length) in enumerate(zip(centre or (np.nan, np.nan), (h, w), strict=True)):
         if -0.5 <= place <= length - 0.5:  # False for NaN
             middle[axis] = min(max(round(place), 0), length - 1)
-    rows, columns = (_overlap(m, length) for m, length in zip(middle, (h, w), strict=True))
+    half = STAMP_SIZE // 2
+    rows, columns = (overlap(m - half, length, STAMP_SIZE) for m, length in zip(middle, (h, w), strict=True))
     out[rows[0], columns[0]] = pixels[rows[1], columns[1]]
-
-
-def _overlap(middle: int, length: int) -> tuple[slice, slice]:
-    """Where pixels of which one is to be the middle one land in a stamp, and which of them do."""
-    shift = middle - STAMP_SIZE // 2
-    start, stop = max(0, -shift), min(STAMP_SIZE, length - shift)
-    return slice(start, stop), slice(start + shift, stop + shift)
 
 
 def _unpacked(packed: bytes, survey: str) -> bytes:

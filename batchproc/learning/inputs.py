@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from batchproc.learning.noise_log import NO_DATA_LIMIT, crop_and_scale, noise_log
 
-__all__ = ["CHANNELS", "LAYOUTS", "NORMALISATIONS", "NO_DATA_LIMIT", "TRUNCATED", "crop_or_pad", "to_tensor"]
+__all__ = ["CHANNELS", "LAYOUTS", "NORMALISATIONS", "NO_DATA_LIMIT", "TRUNCATED", "crop_or_pad", "overlap", "to_tensor"]
 
 #: The channels of a stamp, in the order in which the pipeline cuts them.
 CHANNELS = ("new", "ref", "difference")
@@ -129,9 +129,12 @@ def _places(shape: tuple[int, ...], size: int, truncated: str) -> tuple[tuple[sl
 
 def _overlap(length: int, size: int, at_the_corner: bool) -> tuple[slice, slice]:
     """Where a stretch of `length` pixels lands in one of `size`, and which of its pixels do."""
-    shift = length // 2 - size // 2  # pixel k of the output is pixel k + shift of the input
-    if at_the_corner:
-        shift = max(0, shift)
+    shift = length // 2 - size // 2
+    return overlap(max(0, shift) if at_the_corner else shift, length, size)
+
+
+def overlap(shift: int, length: int, size: int) -> tuple[slice, slice]:
+    """Where `length` pixels land in `size` if pixel k there is pixel k + `shift` here, and which of them do."""
     start, stop = max(0, -shift), min(size, length - shift)
     return slice(start, stop), slice(start + shift, stop + shift)
 

@@ -19,13 +19,13 @@ from batchproc.training.examples import BOGUS, REAL, Examples
 from batchproc.training.settings import TrainSettings
 from batchproc.training.train import Learnt
 
-__all__ = ["Prepared", "check_torch", "learn"]
+__all__ = ["Normalised", "check_torch", "learn"]
 
 #: Stamps prepared at a time where all are looked at.
 _CHUNK = 4096
 
 
-class Prepared:
+class Normalised:
     """Normalised stamps ``(n, 3, size, size)``, made when they are asked for: only the raw ones are held.
 
     Parameters
@@ -147,7 +147,7 @@ def _labelled(name: str, examples: Examples, card: InputCard, classes: Sequence[
             f"finite features), and none is {' or '.join(missing)}"
         )
     truth = label == REAL if len(classes) == 1 else class_numbers(label, classes)
-    return Labelled(Prepared(examples.stamps, card, rows), truth, _features(examples, card, rows))
+    return Labelled(Normalised(examples.stamps, card, rows), truth, _features(examples, card, rows))
 
 
 def _usable(examples: Examples, card: InputCard) -> NDArray[np.intp]:
