@@ -45,6 +45,7 @@ def models_show(model: str) -> int:
     epilog=example(
         "batchproc models add my_model/ --name mine",
         "batchproc models add mine.onnx --normalisation min-max --classes AGN,SN,bogus",
+        "batchproc models add of_ztf.onnx --normalisation image-l2 --sky 13 --sign positive",
         "batchproc models add braai d6_m7.h5",
     ),
 )
@@ -52,6 +53,17 @@ def models_show(model: str) -> int:
 @click.argument("weights", type=click.Path(path_type=Path), required=False)
 @click.option("--name", help="What it shall be called.  [default: the name on its card, or of its file]")
 @click.option("--normalisation", help="Of a file, or weights of your own: how the stamps were normalised.")
+@click.option(
+    "--sky",
+    type=click.FloatRange(0),
+    help="Of a file that learnt from stamps with their sky: how many times new's noise those without are given.",
+)
+@click.option(
+    "--sign",
+    type=click.Choice(["new-ref", "positive"]),
+    help="Of a file: that of the difference. `positive`: what fades is turned round, as in ZTF's packets.  "
+    "[default: new-ref]",
+)
 @click.option("--size", type=click.IntRange(1), help="Of a file: side of its stamps.  [default: as in the file]")
 @click.option(
     "--channels", callback=_words, metavar="A,B", help="Of a file: in its order.  [default: new,ref,difference]"

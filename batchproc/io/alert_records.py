@@ -1,7 +1,7 @@
 """What one record of an alert packet says, of ZTF or of Rubin: who it is, what was measured, and its stamp.
 
-Both have a science, a template and a difference cutout, the difference science − template: a source that has become
-fainter is negative in it.
+Both have a science, a template and a difference cutout. The difference of a stamp is science − template: a source that
+has become fainter is negative in it. ZTF cuts that of such a source from template − science, which is undone here.
 
 =============  ==========================================  =======================================================
 what           ZTF (schema 3 and 4)                        Rubin (``lsst.v7_0`` and later)
@@ -39,6 +39,8 @@ ZTF, RUBIN = "ZTF", "LSST"
 STAMP_SIZE = 63
 #: Fields with the cutouts, in the order of the pipeline: new, ref, difference.
 CUTOUTS = ("cutoutScience", "cutoutTemplate", "cutoutDifference")
+#: What ZTF's ``isdiffpos`` says of a source that has become fainter.
+_FAINTER = ("f", "0", False)
 #: A whole cutout has some 20 kB unpacked, Rubin's largest some 1 MB: what is much larger is not unpacked.
 _MOST_CUTOUT = {ZTF: 1 << 20, RUBIN: 1 << 23}
 
@@ -80,6 +82,8 @@ def _record(
         problem = _put(record.get(name), out, survey)
         if problem:
             problems.append(f"{name}: {problem}")
+    if survey == ZTF and candidate.get("isdiffpos") in _FAINTER:
+        np.negative(stamp[-1], out=stamp[-1])
     return Record(tuple(problems), survey, candid, object_id, candidate, stamp)
 
 

@@ -24,7 +24,7 @@ from batchproc.io.backends.batches import Slot
 from batchproc.io.cards import CARD, SUFFIXES, InputCard, ModelCard, check_card
 from batchproc.io.model_checks import add_model
 from batchproc.io.models import file_hash
-from batchproc.learning.inputs import CHANNELS, LAYOUTS, NORMALISATIONS
+from batchproc.learning.inputs import CHANNELS, LAYOUTS, NORMALISATIONS, SIGNS
 
 __all__ = ["Said", "add_file", "card_of"]
 
@@ -39,6 +39,10 @@ class Said:
         By default that of the file.
     normalisation : str
         How its stamps were prepared; needed where it takes stamps.
+    sky : float
+        If it learnt from stamps with their sky: how much of it those without are given, in units of new's noise.
+    sign : {"new-ref", "positive"}
+        That of the difference it learnt from, see `batchproc.learning.conventions`.
     size : int
     channels : tuple of str
         In its order; needed where they are not three. By default three are taken for new, ref, difference: whether a
@@ -55,6 +59,8 @@ class Said:
 
     name: str = ""
     normalisation: str = ""
+    sky: float = 0.0
+    sign: str = ""
     size: int = 0
     channels: tuple[str, ...] = ()
     layout: str = ""
@@ -141,7 +147,9 @@ def _shape(slot: Slot) -> str:
 
 def _of_stamps(file: Path, slot: Slot | None, said: Said) -> dict[str, Any]:
     if slot is None:
-        extra = [option for option in ("size", "channels", "layout", "normalisation") if getattr(said, option)]
+        extra = [
+            option for option in ("size", "channels", "layout", "normalisation", "sky", "sign") if getattr(said, option)
+        ]
         if extra:
             raise ModelError(f"{file}: takes no stamps, so that there is nothing for --{extra[0]} to say")
         return {"size": 0, "normalisation": "none", "channels": ()}
@@ -168,7 +176,8 @@ def _of_stamps(file: Path, slot: Slot | None, said: Said) -> dict[str, Any]:
             f"{file}: input {slot.name} takes {_shape(slot)}; --size, --channels and --layout lead to "
             f"(?, {', '.join(map(str, there))})"
         )
-    return {"size": size, "normalisation": said.normalisation, "channels": channels, "layout": layout}
+    about = {"normalisation": said.normalisation, "sky": said.sky, "sign": said.sign or SIGNS[0]}
+    return {"size": size, "channels": channels, "layout": layout, **about}
 
 
 def _layout(file: Path, slot: Slot) -> str:

@@ -20,6 +20,8 @@ from batchproc.io.tflite.files import LAYOUT, can_write, float_file
 __all__ = ["NETWORK", "VERSIONS", "add_braai"]
 
 SIZE = 63
+#: Of the noise of new, where stamps have lost theirs: most of ZTF's have 5 to 30 times as much sky as noise.
+SKY = 13.0
 SOURCE = "Duev et al. 2019, MNRAS 489, 3582, doi:10.1093/mnras/stz2357"
 #: What the file must hold.
 NETWORK = (
@@ -114,6 +116,8 @@ def _card(weights_hash: str, normalisation: str, files: dict[str, dict[str, str]
             min_finite=0.25,
             truncated="corner",
             padding=1e-9,
+            sky=SKY,
+            sign="positive",
         ),
         files=files,
         meant_for={"survey": "ZTF", "pixel_scale_arcsec": (1.0, 1.02)},

@@ -14,7 +14,7 @@ import tomli_w
 from numpy.typing import NDArray
 
 from batchproc.errors import ModelError
-from batchproc.learning.inputs import CHANNELS, LAYOUTS, NORMALISATIONS, TRUNCATED, to_tensor
+from batchproc.learning.inputs import CHANNELS, LAYOUTS, NORMALISATIONS, SIGNS, TRUNCATED, to_tensor
 
 __all__ = ["CARD", "InputCard", "ModelCard", "check_card", "read_card"]
 
@@ -46,6 +46,11 @@ class InputCard:
     """Where stamps that are not square go: "centre", or "corner" for padding at the bottom and right only."""
     padding: float = 0.0
     """What stands, after normalising, where its input reaches beyond a stamp."""
+    sky: float = 0.0
+    """What new and reference are given where they have no sky, in units of new's noise: for a model that learnt from
+    stamps with theirs, as ZTF's packets hold them, and whose normalisation does not take it out."""
+    sign: str = "new-ref"
+    """Of the difference: "new-ref", or "positive" as in ZTF's packets, where that of a fading source is turned."""
 
     def prepare(self, stamps: NDArray[np.floating]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """The tensor that the model wants of raw stamps ``(n, 3, h, w)``, and which of them can be scored."""
@@ -58,6 +63,8 @@ class InputCard:
             min_finite=self.min_finite,
             truncated=self.truncated,
             padding=self.padding,
+            sky=self.sky,
+            sign=self.sign,
         )
 
 
@@ -165,6 +172,10 @@ def _problems(card: ModelCard) -> Iterator[str]:
         yield f"input.truncated = {wanted.truncated!r}; known: {', '.join(TRUNCATED)}"
     if not isinstance(wanted.padding, float | int) or not abs(wanted.padding) < np.inf:
         yield f"input.padding = {wanted.padding!r}: must be a finite number"
+    if not isinstance(wanted.sky, float | int) or not 0 <= wanted.sky < np.inf:
+        yield f"input.sky = {wanted.sky!r}: must be 0 or more, in units of the noise of new"
+    if wanted.sign not in SIGNS:
+        yield f"input.sign = {wanted.sign!r}; known: {', '.join(SIGNS)}"
     if not isinstance(wanted.min_finite, float | int) or not 0 <= wanted.min_finite <= 1:
         yield f"input.min_finite = {wanted.min_finite!r}: must be 0 to 1"
     if not isinstance(card.threshold, float | int) or not 0 <= card.threshold <= 1:

@@ -13,9 +13,20 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from batchproc.learning.conventions import SIGNS, to_convention
 from batchproc.learning.noise_log import NO_DATA_LIMIT, crop_and_scale, noise_log
 
-__all__ = ["CHANNELS", "LAYOUTS", "NORMALISATIONS", "NO_DATA_LIMIT", "TRUNCATED", "crop_or_pad", "overlap", "to_tensor"]
+__all__ = [
+    "CHANNELS",
+    "LAYOUTS",
+    "NORMALISATIONS",
+    "NO_DATA_LIMIT",
+    "SIGNS",
+    "TRUNCATED",
+    "crop_or_pad",
+    "overlap",
+    "to_tensor",
+]
 
 #: The channels of a stamp, in the order in which the pipeline cuts them.
 CHANNELS = ("new", "ref", "difference")
@@ -39,6 +50,8 @@ def to_tensor(
     min_finite: float = 0.5,
     truncated: str = "centre",
     padding: float = 0.0,
+    sky: float = 0.0,
+    sign: str = "new-ref",
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Prepare a chunk of stamps for a model.
 
@@ -62,6 +75,10 @@ def to_tensor(
         Where stamps with ``h != w`` go, see `TRUNCATED`. Square ones are centred always.
     padding : float
         What stands, *after* normalising, where the tensor reaches beyond the stamp.
+    sky : float
+        In units of new's noise, what stamps without a sky are given, see `batchproc.learning.conventions`.
+    sign : {"new-ref", "positive"}
+        Of the difference, see there.
 
     Returns
     -------
@@ -74,15 +91,18 @@ def to_tensor(
     Raises
     ------
     ValueError
-        An unknown normalisation, channel, layout or place of truncated stamps, or stamps that are not
+        An unknown normalisation, channel, layout, sign or place of truncated stamps, or stamps that are not
         ``(n, 3, h, w)``.
     """
     _check_name("normalisation", normalisation, NORMALISATIONS)
     _check_name("layout", layout, LAYOUTS)
+    _check_name("sign", sign, SIGNS)
     if stamps.ndim != 4 or stamps.shape[1] != len(CHANNELS):
         raise ValueError(f"stamps of shape {stamps.shape}; expected (n, {len(CHANNELS)}, h, w): {', '.join(CHANNELS)}")
     order = tuple(_channel_index(name) for name in channels)
     needed, places = max(1.0, min_finite * size * size), _places(stamps.shape, size, truncated)
+    if sky or sign != SIGNS[0]:
+        stamps = to_convention(stamps, sky=sky, sign=sign)
     if normalisation == "noise-log":
         tensor, scored = crop_and_scale(stamps, *places, size=size, order=order, needed=needed, last=layout == "NHWC")
     else:

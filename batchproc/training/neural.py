@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from batchproc.errors import UsageError
 from batchproc.io.cards import InputCard
 from batchproc.learning.classes import class_numbers
-from batchproc.learning.inputs import CHANNELS
+from batchproc.learning.inputs import CHANNELS, SIGNS
 from batchproc.training.examples import BOGUS, REAL, Examples
 from batchproc.training.settings import TrainSettings
 from batchproc.training.train import Learnt
@@ -86,8 +86,10 @@ def learn(
         net = new_network(settings.network, card.size, outputs, _features(train, card, _usable(train, card)))
         notes = {"network": settings.network}
     fitted = _labelled("train", train, card, classes), _labelled("valid", valid, card, classes)
-    # What is swapped is the first two channels; features are of the epochs as they were, and would contradict them.
-    config = replace(settings, swap=settings.swap and card.channels == CHANNELS and not card.features)
+    # What is swapped is the first two channels; features are of the epochs as they were, and would contradict them. So
+    # would a difference that has been turned round, or a sky by the noise of new.
+    swaps = card.channels == CHANNELS and not card.features and card.sign == SIGNS[0] and not card.sky
+    config = replace(settings, swap=settings.swap and swaps)
     history = fit(net, *fitted, config=config, head=net.head if settings.base else None, progress=not quiet)
     export_onnx(
         net,

@@ -23,6 +23,7 @@ CANDIDATE = {
         {"name": "fid", "type": "int"},
         {"name": "drb", "type": ["null", "float"], "default": None},
         {"name": "drbversion", "type": ["null", "string"], "default": None},
+        {"name": "isdiffpos", "type": ["null", "string"], "default": None},
     ],
 }
 SCHEMA = {
@@ -55,12 +56,12 @@ def cutout(pixels, *, simple=b"SIMPLE  =  T"):
     return gzip.compress(simple.ljust(80) + content[80:] if simple else content, mtime=0)
 
 
-def record(candid, stamp, *, drb=None, **replaced):
+def record(candid, stamp, *, drb=None, isdiffpos="t", **replaced):
     """One alert; `replaced` are the bytes of cutouts, or None for no cutout."""
     cutouts = {name: cutout(pixels) for name, pixels in zip(NAMES, stamp, strict=True)} | replaced
     fields = {key: None if data is None else {"fileName": key, "stampData": data} for key, data in cutouts.items()}
     version = None if drb is None else "d6_m7"
-    candidate = {"ra": 10.0 + candid, "fid": 1, "drb": drb, "drbversion": version}
+    candidate = {"ra": 10.0 + candid, "fid": 1, "drb": drb, "drbversion": version, "isdiffpos": isdiffpos}
     return {"objectId": f"ZTF{candid}", "candid": candid, "candidate": candidate} | fields
 
 

@@ -48,6 +48,14 @@ def test_alerts_are_rows_in_the_order_of_the_pipeline(night):
     assert alerts.origin[0] == str(night / "0.avro")
 
 
+@pytest.mark.parametrize(("isdiffpos", "sign"), [("t", 1), ("1", 1), (None, 1), ("f", -1), ("0", -1)])
+def test_a_source_that_has_faded_is_negative_in_the_difference(tmp_path, isdiffpos, sign):
+    """As in every other stamp, though ZTF cuts that of such a source from template − science."""
+    path = tmp_path / "a.avro"
+    path.write_bytes(packet(record(1, stamp_of(1), isdiffpos=isdiffpos)))
+    np.testing.assert_array_equal(one(path).stamps[0] * np.array([1, 1, sign])[:, None, None], stamp_of(1))
+
+
 @pytest.mark.parametrize("name", ["night.tar", "night.tar.gz", "night.tgz"])
 def test_a_tarball_is_as_good_as_a_folder(night, name):
     """Whatever holds the packets, and however many are in one file."""
@@ -298,8 +306,13 @@ def test_drb_comes_back_from_the_real_packets(tmp_path, monkeypatch):
 
 @pytest.mark.realdata
 def test_real_packets_hold_the_pixels_that_were_taken_from_them():
-    """Bit for bit, blank ones included."""
+    """Bit for bit, blank ones included; the difference of what has faded the other way round than in the packet."""
     with np.load(data("alerts") / "ztf_triplets.npz") as taken:
         expected = dict(zip(taken["candid"].tolist(), taken["triplets"].transpose(0, 3, 1, 2), strict=True))
     for alerts in read_alerts(data("alerts") / "packets"):
-        np.testing.assert_array_equal(alerts.stamps, [expected[candid] for candid in alerts.candid.tolist()])
+        found = alerts.stamps.copy()
+        faded = [about["isdiffpos"] == "f" for about in alerts.candidate]
+        assert any(faded)
+        assert (np.nanmean(found[faded, 2, 30:33, 30:33], axis=(1, 2)) < 0).all()
+        found[faded, 2] *= -1
+        np.testing.assert_array_equal(found, [expected[candid] for candid in alerts.candid.tolist()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -13,12 +14,18 @@ import pytest
 from click.testing import CliRunner
 
 from batchproc.cli import cli
+from batchproc.config import Config
 from batchproc.errors import ModelError
+from batchproc.imaging.simulate import Scene, simulate_pair
 from batchproc.io.braai import add_braai
 from batchproc.io.cards import InputCard, read_card
 from batchproc.io.model_checks import check_model
 from batchproc.io.models import load_model, models_folder
 from batchproc.io.onnx_int8 import quantise_onnx
+from batchproc.learning.evaluate import auc_roc
+from batchproc.training.cases import Case
+from batchproc.training.examples import REAL
+from batchproc.training.harvest import harvest
 from tests._real import data
 from tests.io import _keras
 
@@ -67,7 +74,16 @@ def test_the_model_answers_as_the_network_of_the_file(file, weights, normalisati
 def test_the_card_says_what_it_is(file):
     """Where it came from, how it wants its stamps, and that weights of one's own are not the published ones."""
     card = read_card(add_braai(file, normalisation="image-l2"))
-    assert card.input == InputCard(63, "image-l2", layout="NHWC", min_finite=0.25, truncated="corner", padding=1e-9)
+    assert card.input == InputCard(
+        63,
+        "image-l2",
+        layout="NHWC",
+        min_finite=0.25,
+        truncated="corner",
+        padding=1e-9,
+        sky=13.0,
+        sign="positive",
+    )
     assert (card.name, card.version[:7]) == ("braai-own", "sha256 ")
     assert "Duev et al. 2019" in card.training["source"]
     assert card.licence == "MIT (the network); not known (these weights)"
@@ -231,3 +247,24 @@ def test_published_weights_are_known_and_are_not_each_other():
     assert (model.version, model.normalisation) == ("d6_m9", "image-l2")
     assert np.abs(scores[known] - drb[known]).max() > 0.5
     assert np.corrcoef(scores[known], drb[known])[0, 1] > 0.7
+
+
+@pytest.mark.realdata
+def test_stamps_of_a_run_are_shown_as_it_knows_them():
+    """On pixels that it never saw, ranked far above chance, also what has vanished; without sky and sign it is lost."""
+    model = load_model(add_braai(data("models") / "d6_m7.h5"))
+    bare = replace(model, card=replace(model.card, input=replace(model.card.input, sky=0.0, sign="new-ref")))
+    search = Config.from_dict({"detect": {"threshold": 4.0}, "cutouts": {"size": 63}})
+    told = {"registration_jitter": 0.15, "cosmic_rays": 15, "hot_pixels": 15}
+    scene = Scene(fwhm_new=2.3, fwhm_ref=2.0, n_transients=40, transient_snr=(10, 100), **told)
+    found = []
+    for seed in range(3):
+        pair = simulate_pair((512, 512), seed=seed, scene=scene)
+        new, ref = pair.exposures()
+        found.append(harvest(Case(f"pair{seed}", f"pair{seed}", new, (ref,), pair.truth), search))
+    stamps = np.concatenate([each.stamps for each in found])
+    real = np.concatenate([each.label == REAL for each in found])
+    assert min(real.sum(), (~real).sum()) > 50
+    shown = auc_roc(real, model.predict(stamps))
+    assert shown > 0.9
+    assert auc_roc(real, bare.predict(stamps)) < shown - 0.2
