@@ -132,7 +132,7 @@ def models_add(path: Path, weights: Path | None, name: str | None, normalisation
 @click.option(
     "--labels",
     type=click.Path(path_type=Path),
-    help="What stamps are, for AUC-PR: a table with candidate_id or candid, and label or real.",
+    help="What stamps are, for AUC-PR: a table with candidate_id, candid or objectId, and label or real.",
 )
 @click.option(
     "--tolerance", type=click.FloatRange(0, 1), default=0.01, show_default=True, help="Largest mean difference."

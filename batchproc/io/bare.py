@@ -210,7 +210,7 @@ def _answers(file: Path, backend: Backend, wanted: InputCard) -> int:
     tensors = []
     if wanted.channels:
         inner = (wanted.size, wanted.size)
-        shape = (n, len(wanted.channels), *inner) if wanted.layout == "NCHW" else (n, *inner, len(wanted.channels))
+        shape = (n, wanted.depth, *inner) if wanted.layout == "NCHW" else (n, *inner, wanted.depth)
         tensors.append(np.zeros(shape, np.float32))
     if wanted.features:
         tensors.append(np.zeros((n, len(wanted.features)), np.float32))

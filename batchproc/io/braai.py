@@ -17,7 +17,7 @@ from batchproc.io.model_checks import add_model
 from batchproc.io.models import file_hash
 from batchproc.io.tflite.files import LAYOUT, can_write, float_file
 
-__all__ = ["NETWORK", "VERSIONS", "add_braai"]
+__all__ = ["NETWORK", "VERSIONS", "add_braai", "write_braai"]
 
 SIZE = 63
 #: Of the noise of new, where stamps have lost theirs: most of ZTF's have 5 to 30 times as much sky as noise.
@@ -66,18 +66,22 @@ def add_braai(weights: str | Path, name: str | None = None, *, normalisation: st
         A package that is missing, a file that cannot be read or holds another network, a normalisation that is missing
         or not the one of these weights, or a name that is taken.
     """
+    with TemporaryDirectory() as scratch:
+        write_braai(weights, Path(scratch), normalisation=normalisation)
+        return add_model(Path(scratch), name)
+
+
+def write_braai(weights: str | Path, folder: Path, *, normalisation: str | None = None) -> None:
+    """Write the model of braai's weights into an empty folder; as `add_braai`, which adds it where runs find it."""
     layers = read_sequential(weights, NETWORK)
     trained_with = _normalisation(weights, normalisation)
-    with TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        (folder / "model.onnx").write_bytes(to_onnx(layers, (SIZE, SIZE, 3)))
-        files = {"float": {"path": "model.onnx", "sha256": file_hash(folder / "model.onnx")}}
-        if can_write():
-            (folder / "model.tflite").write_bytes(float_file(folder / "model.onnx", LAYOUT))
-            files["float-tflite"] = {"path": "model.tflite", "sha256": file_hash(folder / "model.tflite")}
-        card = _card(file_hash(weights), trained_with, files)
-        (folder / CARD).write_text(card.to_toml(), encoding="utf-8")
-        return add_model(folder, name)
+    (folder / "model.onnx").write_bytes(to_onnx(layers, (SIZE, SIZE, 3)))
+    files = {"float": {"path": "model.onnx", "sha256": file_hash(folder / "model.onnx")}}
+    if can_write():
+        (folder / "model.tflite").write_bytes(float_file(folder / "model.onnx", LAYOUT))
+        files["float-tflite"] = {"path": "model.tflite", "sha256": file_hash(folder / "model.tflite")}
+    card = _card(file_hash(weights), trained_with, files)
+    (folder / CARD).write_text(card.to_toml(), encoding="utf-8")
 
 
 def _normalisation(weights: str | Path, given: str | None) -> str:

@@ -14,7 +14,7 @@ import tomli_w
 from numpy.typing import NDArray
 
 from batchproc.errors import ModelError
-from batchproc.learning.inputs import CHANNELS, LAYOUTS, NORMALISATIONS, SIGNS, TRUNCATED, to_tensor
+from batchproc.learning.inputs import CHANNELS, LAYOUTS, NORMALISATIONS, SCALES, SIGNS, TRUNCATED, to_tensor
 
 __all__ = ["CARD", "InputCard", "ModelCard", "check_card", "read_card"]
 
@@ -51,6 +51,18 @@ class InputCard:
     stamps with theirs, as ZTF's packets hold them, and whose normalisation does not take it out."""
     sign: str = "new-ref"
     """Of the difference: "new-ref", or "positive" as in ZTF's packets, where that of a fading source is turned."""
+    scales: tuple[int, ...] = (1,)
+    """Sizes of its pixels in those of the stamp; of each, all the channels: (1,) or (1, 2)."""
+
+    @property
+    def reach(self) -> int:
+        """Side of what it looks at, in pixels of the stamps."""
+        return self.size if self.scales == SCALES[0] else 2 * self.size + 1
+
+    @property
+    def depth(self) -> int:
+        """Channels of the tensor: those of all scales."""
+        return len(self.channels) * len(self.scales)
 
     def prepare(self, stamps: NDArray[np.floating]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """The tensor that the model wants of raw stamps ``(n, 3, h, w)``, and which of them can be scored."""
@@ -65,6 +77,7 @@ class InputCard:
             padding=self.padding,
             sky=self.sky,
             sign=self.sign,
+            scales=self.scales,
         )
 
 
@@ -176,6 +189,10 @@ def _problems(card: ModelCard) -> Iterator[str]:
         yield f"input.sky = {wanted.sky!r}: must be 0 or more, in units of the noise of new"
     if wanted.sign not in SIGNS:
         yield f"input.sign = {wanted.sign!r}; known: {', '.join(SIGNS)}"
+    if wanted.scales not in SCALES:
+        yield f"input.scales = {wanted.scales!r}; known: {' or '.join(str(list(each)) for each in SCALES)}"
+    elif wanted.scales != SCALES[0] and (wanted.normalisation != "noise-log" or wanted.padding):
+        yield f"input.scales = {list(wanted.scales)} goes with normalisation noise-log, and no padding"
     if not isinstance(wanted.min_finite, float | int) or not 0 <= wanted.min_finite <= 1:
         yield f"input.min_finite = {wanted.min_finite!r}: must be 0 to 1"
     if not isinstance(card.threshold, float | int) or not 0 <= card.threshold <= 1:

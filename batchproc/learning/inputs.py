@@ -21,6 +21,7 @@ __all__ = [
     "LAYOUTS",
     "NORMALISATIONS",
     "NO_DATA_LIMIT",
+    "SCALES",
     "SIGNS",
     "TRUNCATED",
     "crop_or_pad",
@@ -32,6 +33,8 @@ __all__ = [
 CHANNELS = ("new", "ref", "difference")
 #: Orders of the axes of a tensor: n stamps, c channels, h rows, w columns.
 LAYOUTS = ("NCHW", "NHWC")
+#: Sizes of a tensor's pixels in those of the stamp.
+SCALES = ((1,), (1, 2))
 #: Where a stamp goes that the edge of an image has cut off (one that is not square): with its middle on the tensor's,
 #: or with its first pixel on the tensor's first, so that rows are missing at the bottom and columns at the right, which
 #: is how those who score ZTF's alerts pad them.
@@ -52,6 +55,7 @@ def to_tensor(
     padding: float = 0.0,
     sky: float = 0.0,
     sign: str = "new-ref",
+    scales: Sequence[int] = (1,),
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Prepare a chunk of stamps for a model.
 
@@ -79,6 +83,9 @@ def to_tensor(
         In units of new's noise, what stamps without a sky are given, see `batchproc.learning.conventions`.
     sign : {"new-ref", "positive"}
         Of the difference, see there.
+    scales : (1,) or (1, 2)
+        With "noise-log": the channels in pixels of so many of the stamp's, one scale after the other, around the same
+        middle. The second shows what is around, twice as far.
 
     Returns
     -------
@@ -91,12 +98,15 @@ def to_tensor(
     Raises
     ------
     ValueError
-        An unknown normalisation, channel, layout, sign or place of truncated stamps, or stamps that are not
-        ``(n, 3, h, w)``.
+        An unknown normalisation, channel, layout, sign, set of scales or place of truncated stamps, one that does not
+        go with another, or stamps that are not ``(n, 3, h, w)``.
     """
     _check_name("normalisation", normalisation, NORMALISATIONS)
     _check_name("layout", layout, LAYOUTS)
     _check_name("sign", sign, SIGNS)
+    scales = tuple(scales)
+    if scales not in SCALES or (scales != SCALES[0] and (normalisation != "noise-log" or padding)):
+        raise ValueError(f"scales {scales}: known are {SCALES}, the latter with noise-log and without padding")
     if stamps.ndim != 4 or stamps.shape[1] != len(CHANNELS):
         raise ValueError(f"stamps of shape {stamps.shape}; expected (n, {len(CHANNELS)}, h, w): {', '.join(CHANNELS)}")
     order = tuple(_channel_index(name) for name in channels)
@@ -104,7 +114,10 @@ def to_tensor(
     if sky or sign != SIGNS[0]:
         stamps = to_convention(stamps, sky=sky, sign=sign)
     if normalisation == "noise-log":
-        tensor, scored = crop_and_scale(stamps, *places, size=size, order=order, needed=needed, last=layout == "NHWC")
+        wide = _places(stamps.shape, 2 * size + 1, truncated) if scales != SCALES[0] else None
+        tensor, scored = crop_and_scale(
+            stamps, *places, size=size, order=order, needed=needed, last=layout == "NHWC", wide=wide
+        )
     else:
         pixels = crop_or_pad(stamps, size, truncated=truncated)  # a copy: (n, 3, size, size)
         if tuple(channels) != CHANNELS:

@@ -21,6 +21,8 @@ __all__ = ["NO_DATA_LIMIT", "compress", "crop_and_scale", "noise_log"]
 #: A pixel of this size or larger is no measurement: some surveys fill blank pixels with −3.4e38, whose square
 #: overflows float32.
 NO_DATA_LIMIT = 1e30
+#: A mean of nine pixels one of which is no measurement is this or more, or NaN.
+_NO_MEAN = NO_DATA_LIMIT / 100
 
 
 def noise_log(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -38,6 +40,7 @@ def crop_and_scale(
     order: tuple[int, ...],
     needed: float,
     last: bool,
+    wide: tuple[tuple[slice, slice], tuple[slice, slice]] | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Crop, blank, `noise_log` and layout in one pass.
 
@@ -57,47 +60,56 @@ def crop_and_scale(
         Good pixels that each channel must have.
     last : bool
         Channels last: NHWC.
+    wide : (rows, columns), optional
+        Where the stamps' pixels land in a square of ``2 size + 1`` around the same middle, each as `rows` and
+        `columns`. That square follows as further channels, in pixels of twice the size: the mean over 3 × 3 of its
+        pixels, of those with data, around every second one. Sky and noise are those of the channel; such means of white
+        noise have a third of it, and are therefore taken three times.
 
     Returns
     -------
     tensor : ndarray (n, c, size, size) or (n, size, size, c) float32
     scored : ndarray (n,) bool
     """
-    n = len(stamps)
-    shape = (n, size, size, len(order)) if last else (n, len(order), size, size)
+    n, c = len(stamps), len(order) * (1 if wide is None else 2)
+    shape = (n, size, size, c) if last else (n, c, size, size)
     tensor, scored = np.empty(shape, np.float32), np.empty(n, np.bool_)
-    (to_y, from_y), (to_x, from_x) = rows, columns
-    places = (to_y.start, to_y.stop, to_x.start, to_x.stop, from_y.start, from_x.start)
-    _fused(
-        stamps, places, size, np.array(order, np.int64), needed, last, tensor.reshape(n, len(order) * size**2), scored
-    )
+    places = np.array([_corners(rows, columns), _corners(*(wide or (rows, columns)))])
+    numbers = np.array(order, np.int64)
+    _fused(stamps, places, size, numbers, needed, last, wide is not None, tensor.reshape(n, c * size**2), scored)
     return tensor, scored
+
+
+def _corners(rows: tuple[slice, slice], columns: tuple[slice, slice]) -> tuple[int, ...]:
+    """Top, bottom, left and right in a square; top and left in the stamps."""
+    (to_y, from_y), (to_x, from_x) = rows, columns
+    return to_y.start, to_y.stop, to_x.start, to_x.stop, from_y.start, from_x.start
 
 
 @njit(cache=True, nogil=True)
 def _fused(
     stamps: NDArray[np.floating],
-    places: tuple[int, int, int, int, int, int],
+    places: NDArray[np.int64],
     size: int,
     order: NDArray[np.int64],
     needed: float,
     last: bool,
+    wide: bool,
     out: NDArray[np.float32],
     scored: NDArray[np.bool_],
 ) -> None:
-    top, bottom, left, right, from_top, from_left = places
-    n_pixels = size * size
+    n_pixels, side = size * size, 2 * size + 1
+    c_out = order.size * (2 if wide else 1)
     pixels = np.full((3, n_pixels), np.float32(np.nan))  # around the stamps it stays so
-    row = np.empty(n_pixels, np.float32)
+    square = np.full((side, side) if wide else (0, 0), np.float32(np.nan))
+    whole = places[1, 1] - places[1, 0] == side and places[1, 3] - places[1, 2] == side
+    from_top, from_left = places[1, 4:]
+    sums, means, row = np.empty(side, np.float32), np.empty(n_pixels, np.float32), np.empty(n_pixels, np.float32)
     sky, noise = np.empty(3), np.empty(3)
     for i in range(stamps.shape[0]):
         scored[i] = True
         for c in range(3):
-            for y in range(top, bottom):
-                _copy(
-                    stamps[i, c, from_top + y - top, from_left : from_left + right - left],
-                    pixels[c, y * size + left : y * size + right],
-                )
+            _place(stamps[i, c], places[0], size, pixels[c])
             if _blank(pixels[c]) < needed:
                 scored[i] = False
         if not scored[i]:
@@ -106,14 +118,69 @@ def _fused(
         for c in range(3):
             sky[c], noise[c] = sky_and_noise(pixels[c])
         noise[0] = noise[1] = np.sqrt(noise[0] * noise[0] + noise[1] * noise[1])
-        for k in range(order.size):
-            c = order[k]
+        for k in range(c_out):
+            c, scale = order[k % order.size], 1.0
+            values = pixels[c]
+            if k >= order.size:
+                values, scale = means, 3.0
+                if whole:
+                    _means(stamps[i, c], from_top, from_left, size, sums, means)
+                else:
+                    _place(stamps[i, c], places[1], side, square.reshape(-1))
+                    _means(square, 0, 0, size, sums, means)
             if last:
-                compress(pixels[c], sky[c], noise[c], row)
+                compress(values, sky[c], noise[c] / scale, row)
                 for j in range(n_pixels):
-                    out[i, j * order.size + k] = row[j]
+                    out[i, j * c_out + k] = row[j]
             else:
-                compress(pixels[c], sky[c], noise[c], out[i, k * n_pixels : (k + 1) * n_pixels])
+                compress(values, sky[c], noise[c] / scale, out[i, k * n_pixels : (k + 1) * n_pixels])
+
+
+@njit(cache=True, nogil=True)
+def _place(stamp: NDArray[np.floating], places: NDArray[np.int64], side: int, out: NDArray[np.float32]) -> None:
+    """Write the pixels of a stamp to where they lie in a square around its middle."""
+    top, bottom, left, right, from_top, from_left = places
+    for y in range(top, bottom):
+        values = stamp[from_top + y - top, from_left : from_left + right - left]
+        _copy(values, out[y * side + left : y * side + right])
+
+
+@njit(cache=True, nogil=True)
+def _means(
+    plane: NDArray[np.floating], top: int, left: int, size: int, sums: NDArray[np.float32], out: NDArray[np.float32]
+) -> None:
+    """Means over 3 × 3 pixels around every second one of a square of ``2 size + 1``; NaN where none has data."""
+    right = left + 2 * size + 1
+    for j in range(size):
+        # Rows first, then parts of them: these are contiguous, which of a slice along both axes is not known.
+        above, middle = plane[top + 2 * j][left:right], plane[top + 2 * j + 1][left:right]
+        below = plane[top + 2 * j + 2][left:right]
+        for x in range(sums.size):
+            sums[x] = np.float32(above[x]) + np.float32(middle[x]) + np.float32(below[x])
+        row = out[j * size : (j + 1) * size]
+        for i in range(size):
+            k = np.uint64(2 * i)  # of an index without sign the compiler knows that it does not count from the end
+            row[i] = (sums[k] + sums[k + np.uint64(1)] + sums[k + np.uint64(2)]) * np.float32(1 / 9)
+    bad = 0
+    for n in range(out.size):
+        bad += not abs(out[n]) < np.float32(_NO_MEAN)
+    if bad:
+        for n in range(out.size):
+            if not abs(out[n]) < np.float32(_NO_MEAN):
+                y, x = top + 2 * (n // size), left + 2 * (n % size)
+                out[n] = _mean_of_the_good(plane[y : y + 3, x : x + 3])
+
+
+@njit(cache=True, nogil=True)
+def _mean_of_the_good(nine: NDArray[np.floating]) -> float:
+    count, total = 0, 0.0
+    for y in range(3):
+        for x in range(3):
+            value = nine[y, x]
+            good = abs(value) < NO_DATA_LIMIT  # False for NaN
+            count += good
+            total += value if good else 0.0
+    return total / count if count else np.nan
 
 
 @njit(cache=True, nogil=True)

@@ -193,8 +193,9 @@ def dihedral(stamps: torch.Tensor, which: int) -> torch.Tensor:
 
 
 def swap_epochs(stamps: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
-    """Exchange new and reference and negate the difference of those stamps for which `which` is true."""
-    swapped = torch.stack([stamps[:, 1], stamps[:, 0], -stamps[:, 2]], dim=1)
+    """Exchange new and reference and negate the difference, at each scale, where `which` is true."""
+    each = [stamps[:, k : k + 3] for k in range(0, stamps.shape[1], 3)]
+    swapped = torch.cat([torch.stack([views[:, 1], views[:, 0], -views[:, 2]], dim=1) for views in each], dim=1)
     return torch.where(which[:, None, None, None], swapped, stamps)
 
 

@@ -97,15 +97,11 @@ def stamp_size(settings: TrainSettings) -> int:
     if settings.kind == "forest":
         return 0
     if settings.base:
-        return read_card(find_model(settings.base)).input.size
-    if settings.size:
-        return settings.size
-    from batchproc.training.neural import check_torch
+        return read_card(find_model(settings.base)).input.reach
+    from batchproc.training.neural import check_torch, wanted_input
 
     check_torch()
-    from batchproc.training.networks import recipe_of
-
-    return recipe_of(settings.network).size
+    return wanted_input(settings).reach
 
 
 def describe(sources: Sources, reading: Reading, settings: TrainSettings, size: int) -> str:

@@ -18,7 +18,7 @@ def _conv(channels_in: int, channels_out: int, kernel: int, stride: int) -> nn.S
 
 
 class RealBogusNet(nn.Module):
-    """Stamps ``(n, 3, 31, 31)``, normalised → logit of being real ``(n, 1)``.
+    """Stamps ``(n, c, 31, 31)``, normalised → logit of being real ``(n, 1)``.
 
     Parameters
     ----------
@@ -28,12 +28,20 @@ class RealBogusNet(nn.Module):
         Width of the layer before the answer.
     dropout : float
         Before the last layer, in training only.
+    channels : int
+        Three; or six, of stamps at two scales.
     """
 
-    def __init__(self, widths: tuple[int, int, int] = (32, 64, 96), hidden: int = 64, dropout: float = 0.2) -> None:
+    def __init__(
+        self,
+        widths: tuple[int, int, int] = (32, 64, 96),
+        hidden: int = 64,
+        dropout: float = 0.2,
+        channels: int = 3,
+    ) -> None:
         super().__init__()
-        self.features = nn.Sequential(  # (n, 3, 31, 31)
-            _conv(3, widths[0], kernel=5, stride=2),  # (n, 32, 14, 14)
+        self.features = nn.Sequential(  # (n, c, 31, 31)
+            _conv(channels, widths[0], kernel=5, stride=2),  # (n, 32, 14, 14)
             _conv(widths[0], widths[1], kernel=3, stride=2),  # (n, 64, 6, 6)
             _conv(widths[1], widths[2], kernel=3, stride=1),  # (n, 96, 4, 4)
         )

@@ -93,12 +93,19 @@ class Recipe:
     normalisation: str
     fixed: bool
     """Whether it takes stamps of that size only."""
+    scales: tuple[int, ...] = (1,)
+    """Sizes of its pixels in those of the stamps."""
 
 
-def _realbogus(size: int) -> tuple[nn.Module, int]:
-    net = RealBogusNet()
+def _realbogus(size: int, channels: int = 3) -> tuple[nn.Module, int]:
+    net = RealBogusNet(channels=channels)
     *before, last = net.answer
     return nn.Sequential(net.features, *before), last.in_features
+
+
+def _two_scales(size: int) -> tuple[nn.Module, int]:
+    """The same with what is around beside the stamp: how crowded it is, and how wide stars are, lies further out."""
+    return _realbogus(size, channels=6)
 
 
 def _vgg6(size: int) -> tuple[nn.Module, int]:
@@ -114,6 +121,7 @@ def _vgg6(size: int) -> tuple[nn.Module, int]:
 #: Name → network. To add one is to add a function and a line.
 NETWORKS = {
     "realbogus": Recipe(_realbogus, SIZE, "noise-log", fixed=True),
+    "two-scales": Recipe(_two_scales, SIZE, "noise-log", fixed=True, scales=(1, 2)),
     "vgg6": Recipe(_vgg6, 63, "image-l2", fixed=False),
 }
 

@@ -14,19 +14,19 @@ from numpy.typing import NDArray
 from batchproc.errors import UsageError
 from batchproc.io.cards import InputCard
 from batchproc.learning.classes import class_numbers
-from batchproc.learning.inputs import CHANNELS, SIGNS
+from batchproc.learning.inputs import CHANNELS, SCALES, SIGNS
 from batchproc.training.examples import BOGUS, REAL, Examples
 from batchproc.training.settings import TrainSettings
 from batchproc.training.train import Learnt
 
-__all__ = ["Normalised", "check_torch", "learn"]
+__all__ = ["Normalised", "check_torch", "learn", "wanted_input"]
 
 #: Stamps prepared at a time where all are looked at.
 _CHUNK = 4096
 
 
 class Normalised:
-    """Normalised stamps ``(n, 3, size, size)``, made when they are asked for: only the raw ones are held.
+    """Normalised stamps ``(n, c, size, size)``, made when they are asked for: only the raw ones are held.
 
     Parameters
     ----------
@@ -60,13 +60,13 @@ def learn(
     Raises
     ------
     UsageError
-        PyTorch is not installed; no such network; too few stamps that can be scored.
+        PyTorch is not installed; no such network, or not with that normalisation; too few stamps that can be scored.
     ModelError
         A base that cannot be continued from.
     """
     torch = check_torch()
     from batchproc.training.fit import export_onnx, fit
-    from batchproc.training.networks import new_network, recipe_of
+    from batchproc.training.networks import new_network
 
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
@@ -76,26 +76,20 @@ def learn(
 
         card, net, notes = continue_from(settings, classes, train)
     else:
-        recipe = recipe_of(settings.network)
-        card = InputCard(
-            size=settings.size or recipe.size,
-            normalisation=settings.normalisation or recipe.normalisation,
-            layout=settings.layout or "NCHW",
-            features=settings.features,
-        )
+        card = wanted_input(settings)
         net = new_network(settings.network, card.size, outputs, _features(train, card, _usable(train, card)))
         notes = {"network": settings.network}
-    fitted = _labelled("train", train, card, classes), _labelled("valid", valid, card, classes)
+    known, apart = _labelled("train", train, card, classes), _labelled("valid", valid, card, classes)
     # What is swapped is the first two channels; features are of the epochs as they were, and would contradict them. So
     # would a difference that has been turned round, or a sky by the noise of new.
     swaps = card.channels == CHANNELS and not card.features and card.sign == SIGNS[0] and not card.sky
     config = replace(settings, swap=settings.swap and swaps)
-    history = fit(net, *fitted, config=config, head=net.head if settings.base else None, progress=not quiet)
+    history = fit(net, known, apart, config=config, head=net.head if settings.base else None, progress=not quiet)
     export_onnx(
         net,
         folder / "model.onnx",
         card.size,
-        len(card.channels),
+        card.depth,
         layout=card.layout,
         n_features=len(card.features),
         several=outputs > 1,
@@ -120,6 +114,25 @@ def learn(
         history=table,
         best_epoch=history.best_epoch + 1,
         interrupted=history.interrupted,
+    )
+
+
+def wanted_input(settings: TrainSettings) -> InputCard:
+    """What a new network wants to see; raises `UsageError` for no such network, or not with that normalisation."""
+    from batchproc.training.networks import recipe_of
+
+    recipe = recipe_of(settings.network)
+    if settings.normalisation not in ("", recipe.normalisation) and recipe.scales != SCALES[0]:
+        raise UsageError(
+            f"network {settings.network}: looks at scales {recipe.scales} of stamps prepared by "
+            f"{recipe.normalisation}, not {settings.normalisation}; leave --normalisation out, or take vgg6"
+        )
+    return InputCard(
+        size=settings.size or recipe.size,
+        normalisation=settings.normalisation or recipe.normalisation,
+        layout=settings.layout or "NCHW",
+        features=settings.features,
+        scales=recipe.scales,
     )
 
 

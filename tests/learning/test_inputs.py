@@ -196,8 +196,8 @@ def test_lsst_takes_its_channels_in_its_order():
     np.testing.assert_array_equal(tensor, stamps[:, [2, 0, 1]])
 
 
-def plain_noise_log(stamp):
-    """The slow meaning of the recipe "noise-log", for one stamp without blanks."""
+def plain_noise_log(stamp, wide=None):
+    """The slow meaning of the recipe "noise-log", for one stamp without blanks; or of what is `wide` around it."""
     sky, noise = [], []
     for image in stamp.astype(np.float64):
         inside = np.ones(image.shape, bool)
@@ -208,8 +208,8 @@ def plain_noise_log(stamp):
         noise.append(sigma)
     scale = [np.hypot(noise[0], noise[1])] * 2 + [noise[2]]
     out = []
-    for image, level, sigma in zip(stamp, sky, scale, strict=True):
-        v = (image - level) / sigma
+    for image, level, sigma in zip(stamp if wide is None else wide, sky, scale, strict=True):
+        v = (image - level) / sigma * (1 if wide is None else 3)
         mantissa, exponent = np.frexp(1 + np.abs(v))  # mantissa in [0.5, 1)
         out.append(np.sign(v) * (exponent - 1 + 2 * mantissa - 1))
     return np.array(out)
@@ -225,6 +225,56 @@ def test_noise_log_matches_its_definition():
     tensor, _ = to_tensor(stamps, size=41, normalisation="noise-log")
     for stamp, found in zip(stamps, tensor, strict=True):
         np.testing.assert_allclose(found, plain_noise_log(stamp), atol=2e-3)
+
+
+def plain_means(square):
+    """Of the pixels with data among 3 × 3 around every second one, in float64; NaN where there are none."""
+    n = len(square) // 2
+    out = np.full((n, n), np.nan)
+    for j, i in np.ndindex(n, n):
+        nine = square[2 * j : 2 * j + 3, 2 * i : 2 * i + 3].astype(np.float64)
+        if np.isfinite(nine).any():
+            out[j, i] = np.nanmean(nine)
+    return out
+
+
+@settings(deadline=None, max_examples=25)
+@given(side=st.integers(12, 36), size=st.sampled_from([9, 12, 15]), blank=st.floats(0, 0.6), seed=st.integers(0, 9999))
+def test_the_second_scale_shows_what_is_around(side, size, blank, seed):
+    """Twice as far, in means that leave blank pixels out, by the sky and noise of the middle; the first is as ever."""
+    random = np.random.default_rng(seed)
+    stamps = stamps_of(3, side, side, seed)
+    around = np.pad(np.zeros((size, size), bool), 40, constant_values=True)
+    far = crop_or_pad(around[None, None].astype(np.float32), side)[0, 0] == 1
+    stamps[(random.random(stamps.shape) < blank) & far] = random.choice([np.nan, np.inf, -3.4e38])
+    first, scored = to_tensor(stamps, size=size, normalisation="noise-log")
+    both, same = to_tensor(stamps, size=size, normalisation="noise-log", scales=(1, 2))
+    np.testing.assert_array_equal(both[:, :3], first)
+    np.testing.assert_array_equal(same, scored)
+    squares = crop_or_pad(stamps, 2 * size + 1)
+    squares[~(np.abs(squares) < NO_DATA_LIMIT)] = np.nan
+    middles = crop_or_pad(stamps, size)
+    for k in np.flatnonzero(scored & np.isfinite(middles).all(axis=(1, 2, 3))):
+        wide = np.nan_to_num(plain_noise_log(middles[k], np.array([plain_means(c) for c in squares[k]])))
+        np.testing.assert_allclose(both[k, 3:], wide, atol=5e-3)
+    turned, _ = to_tensor(stamps, size=size, normalisation="noise-log", scales=(1, 2), layout="NHWC", channels=("ref",))
+    np.testing.assert_array_equal(turned, both[:, [1, 4]].transpose(0, 2, 3, 1))
+
+
+def test_both_scales_turn_with_the_sky():
+    """A stamp that is turned or mirrored gives a tensor that is, to the last pixel: they have one middle."""
+    stamps = stamps_of(4, 63, 63)
+    made, _ = to_tensor(stamps, size=31, normalisation="noise-log", scales=(1, 2))
+    for turn in (lambda a: np.rot90(a, 1, (2, 3)), lambda a: a[..., ::-1]):
+        found, _ = to_tensor(np.ascontiguousarray(turn(stamps)), size=31, normalisation="noise-log", scales=(1, 2))
+        np.testing.assert_allclose(found, turn(made), atol=1e-4)
+
+
+def test_scales_that_do_not_go_are_refused():
+    """Other sizes, other recipes, padding."""
+    for how in ({"scales": (2,)}, {"scales": (1, 2), "normalisation": "min-max"}, {"scales": (1, 2), "padding": 1.0}):
+        with pytest.raises(ValueError, match="the latter with noise-log and without padding"):
+            to_tensor(stamps_of(), **({"size": 9, "normalisation": "noise-log"} | how))
 
 
 @settings(deadline=None, max_examples=40)

@@ -60,7 +60,7 @@ def folder(fitted, tmp_path_factory):
     from batchproc.training.fit import export_onnx
 
     path = tmp_path_factory.mktemp("model")
-    export_onnx(fitted()[0], path / "model.onnx", 31)
+    export_onnx(fitted()[0], path / "model.onnx", 31, INPUT.depth)
     files = {"float": {"path": "model.onnx", "sha256": file_hash(path / "model.onnx")}}
     card = ModelCard("toy", "1", "toy", "none", 0.5, "float", INPUT, files)
     (path / "card.toml").write_text(card.to_toml())
@@ -180,6 +180,19 @@ def test_a_loss_that_is_no_number_ends_it(monkeypatch, good):
     assert (history.best_epoch, len(history.valid_loss)) == (0, 2)
     assert np.isnan(history.valid_auc_pr[1])
     assert all(p.isfinite().all() for p in net.parameters())
+
+
+def test_epochs_are_swapped_at_every_scale():
+    """New for reference, the difference negated; twice is as before."""
+    from batchproc.training.fit import swap_epochs
+
+    stamps = torch.randn(4, 6, 3, 3)
+    which = torch.tensor([True, False, True, False])
+    found = swap_epochs(stamps, which)
+    assert torch.equal(found[1::2], stamps[1::2])
+    sign = torch.tensor([1, 1, -1, 1, 1, -1])[:, None, None]
+    assert torch.equal(found[::2], stamps[::2][:, [1, 0, 2, 4, 3, 5]] * sign)
+    assert torch.equal(swap_epochs(found, which), stamps)
 
 
 def test_metrics_carry_their_mixture_and_their_intervals(folder):

@@ -13,8 +13,9 @@ from batchproc.errors import ModelError, UsageError
 from batchproc.io.cards import CARD, InputCard, ModelCard, read_card
 from batchproc.io.model_checks import check_model
 from batchproc.io.models import file_hash, load_model
+from batchproc.io.quantise import quantise_model
 from batchproc.learning.evaluate import auc_pr
-from batchproc.training.examples import Examples
+from batchproc.training.examples import REAL, Examples
 from batchproc.training.settings import TrainSettings
 from batchproc.training.train import train_model
 
@@ -356,8 +357,35 @@ def test_other_networks_by_name(tmp_path):
     assert found.card.input == InputCard(size=32, normalisation="image-l2")
     with pytest.raises(UsageError, match="network realbogus: takes stamps of 31 pixels, not 32"):
         train_model(toys(100, 12), tmp_path / "a", replace(settings, network="realbogus"), quiet=True)
-    with pytest.raises(UsageError, match="no network 'resnet'; there are: realbogus, vgg6"):
+    with pytest.raises(UsageError, match="no network 'resnet'; there are: realbogus, two-scales, vgg6"):
         train_model(toys(100, 12), tmp_path / "b", replace(settings, network="resnet"), quiet=True)
+
+
+def test_two_scales_of_a_stamp(tmp_path):
+    """A network that sees what is around: from its stamps, all of them read, to 8 bits and to being continued."""
+    from batchproc.training.gather import stamp_size
+
+    settings = replace(SETTINGS, network="two-scales", epochs=6)
+    assert stamp_size(settings) == 63
+    with pytest.raises(UsageError, match=r"looks at scales \(1, 2\) of stamps prepared by noise-log, not min-max"):
+        train_model(toys(100, 12), tmp_path / "a", replace(settings, normalisation="min-max"), quiet=True)
+    made = train_model(toys(600, 12, size=63), tmp_path / "out", settings, quiet=True)
+    assert made.card.input == InputCard(size=31, normalisation="noise-log", scales=(1, 2))
+    some = toys(300, 13, size=63)
+    model = load_model(made.model_folder)
+    shown = model.predict(some.stamps)
+    assert auc_pr(some.label == REAL, shown, prevalence=0.5) > 0.95
+    blinkered = some.stamps.copy()
+    blinkered[:, :, :16] = blinkered[:, :, 47:] = np.nan
+    blinkered[:, :, :, :16] = blinkered[:, :, :, 47:] = np.nan
+    assert np.abs(model.predict(blinkered) - shown).max() > 1e-3, "what is around is looked at"
+    # Such toys are told apart so well that the threshold lies where 8 bits end: what crosses it says nothing.
+    every = {"formats": ("onnx", "tflite", "edgetpu"), "tolerance": 0.05, "lost_tolerance": 1.0}
+    quantise_model(made.model_folder, some.stamps, **every)
+    assert np.abs(load_model(made.model_folder, variant="int8").predict(some.stamps) - shown).mean() < 0.05
+    again = replace(settings, base=str(made.model_folder), epochs=1, network="realbogus")
+    assert stamp_size(again) == 63
+    assert train_model(some, tmp_path / "again", again, quiet=True).card.input.scales == (1, 2)
 
 
 # --- The command line -------------------------------------------------------------------------------------------------
