@@ -129,7 +129,7 @@ def main() -> None:
     """Measure, and print or write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("BATCHPROC_TEST_DATA"))
-    parser.add_argument("--seeds", type=int, default=1, help="rounds of injections, in both directions each")
+    parser.add_argument("--seeds", type=int, default=4, help="rounds of injections, in both directions each")
     parser.add_argument("--labels", type=int, nargs="+", default=[50, 100, 200])
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--write", action="store_true", help=f"into {PAGE.name}")
