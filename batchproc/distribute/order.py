@@ -28,15 +28,17 @@ def longest_first(entries: Iterable[ManifestEntry], look_ahead: int = _LOOK_AHEA
     A large image that begins last keeps one worker busy while all others are done.
     """
     remaining = iter(entries)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        while block := list(islice(remaining, look_ahead)):
-            specs = list({spec for entry in block for spec in (entry.new, *entry.ref)})
+    while block := list(islice(remaining, look_ahead)):
+        specs = list({spec for entry in block for spec in (entry.new, *entry.ref)})
+        # No pool is open while this waits: whoever stops half way leaves it to the garbage collector, which may come in
+        # the middle of the start of a thread, when to wait for threads to end is to wait for ever.
+        with ThreadPoolExecutor(_THREADS) as pool:
             size = dict(zip(specs, pool.map(_size, specs), strict=True))
-            sizes = [sum(size[spec] for spec in (entry.new, *entry.ref)) for entry in block]
-            if max(sizes) > _DIFFER * min(sizes):
-                order = sorted(range(len(block)), key=lambda i: -sizes[i])
-                block = [block[i] for i in order]
-            yield from block
+        sizes = [sum(size[spec] for spec in (entry.new, *entry.ref)) for entry in block]
+        if max(sizes) > _DIFFER * min(sizes):
+            order = sorted(range(len(block)), key=lambda i: -sizes[i])
+            block = [block[i] for i in order]
+        yield from block
 
 
 class Pace:

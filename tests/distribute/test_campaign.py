@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -464,3 +465,13 @@ def test_an_image_that_is_always_found_damaged_is_given_up(tmp_path, monkeypatch
     words = list(process_images(folder, folder.entries(), SerialExecutor(), process=_runs.process))
     assert [word.status for word in words] == ["done"] * 2 + ["failed"] * 2
     assert finished_images(folder) == {"a1": "failed", "b1": "failed"}
+
+
+def test_whoever_stops_half_way_leaves_no_threads_to_be_waited_for():
+    """The rest of the images may be forgotten at any moment, also by a garbage collection that starts a thread."""
+    before = set(threading.enumerate())
+    images = longest_first(_runs.entries(*(f"a{k}" for k in range(20))), look_ahead=5)
+    for _ in range(7):
+        next(images)
+    assert set(threading.enumerate()) == before
+    assert len(list(images)) == 13
