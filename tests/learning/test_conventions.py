@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchproc.learning.conventions import to_convention
@@ -39,6 +39,7 @@ def test_a_sky_that_is_there_is_left():
     np.testing.assert_array_equal(to_convention(stamps, sky=13.0, sign="new-ref"), stamps)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000))
 def test_the_sign_is_that_of_the_candidate(seed):
     """Turned where it faded, and only there; turned twice is turned once; nobody else's array is changed."""
