@@ -144,14 +144,12 @@ def bundled_model() -> str:
         for name, q in card.quantisation.items()
     ]
     learnt = card.training
-    far = card.input.size * card.input.scales[-1]
-    around = f", and {far} × {far} in pixels of twice the size" if len(card.input.scales) > 1 else ""
     return page(
         f"The bundled model: {card.name} {card.version}",
         "batchproc/models/realbogus/card.toml",
         card.description,
-        f"It sees {card.input.size} × {card.input.size} pixels of {', '.join(card.input.channels)}{around}, normalised "
-        f"by `{card.input.normalisation}`, has {learnt['parameters']:,} parameters, and learnt from "
+        f"It sees {card.input.size} × {card.input.size} pixels of {', '.join(card.input.channels)}, normalised by "
+        f"`{card.input.normalisation}`, has {learnt['parameters']:,} parameters, and learnt from "
         f"{learnt['n_train']['real']:,} real and {learnt['n_train']['bogus']:,} bogus candidates: {learnt['data']}. "
         "[Why so](decisions/010-model-learns-from-this-pipeline.md).",
         "Stamps, network and every figure below, in half an hour of two cores (extra `train`):",

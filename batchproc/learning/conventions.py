@@ -55,9 +55,9 @@ def _give_sky(stamps: NDArray[np.float32], sky: float) -> None:
     flat = stamps.reshape(n, 3, h * w)
     for i in range(n):
         sky_ref, noise_ref = sky_and_noise(flat[i, 1])
-        sky_new, noise_new = sky_and_noise(flat[i, 0])
         if sky_ref > _SKY_FROM * noise_ref:
             continue
+        sky_new, noise_new = sky_and_noise(flat[i, 0])
         for k in range(h * w):
             flat[i, 0, k] += np.float32(sky * noise_new - sky_new)
             flat[i, 1, k] += np.float32(sky * noise_new - sky_ref)

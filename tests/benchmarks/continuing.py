@@ -52,13 +52,18 @@ def examples(data: Path, seeds: range) -> Examples:
     return whole[(np.abs(whole.table["scorr"]) >= 5).to_numpy()]
 
 
+def held_out(whole: Examples) -> np.ndarray:
+    """Which candidates lie in a tile that is only measured on."""
+    return np.isin(whole.table["region"].str.rsplit("/").str[-1].astype(int), HELD)
+
+
 #: AUC-PR afterwards; what was gained, and the limits of that.
 Gained = tuple[float, float, float, float]
 
 
 def gains(base: Path, whole: Examples, n: int, draws: int, scratch: Path) -> Iterator[Gained]:
     """Of each draw of `n` labels: AUC-PR at 1:1 afterwards, and what was gained with its interval by region."""
-    held = np.isin(whole.table["region"].str.rsplit("/").str[-1].astype(int), HELD)
+    held = held_out(whole)
     apart, ours = whole[held], whole[~held]
     for draw in range(draws):
         learnt = load_model(_continued(base, ours, n, draw, scratch / f"{n}-{draw}"))
@@ -120,7 +125,7 @@ def table(data: Path, seeds: range, labels: list[int], draws: int) -> str:
                 gained = "; ".join(f"{value:.3f} [{low:.3f}, {high:.3f}]" for _, value, low, high in each)
                 lines.append(f"| {told} | {n} | {before:.3f} | {after} | {gained.replace('-', '−')} |")
                 print(lines[-1], file=sys.stderr, flush=True)
-    held = int(np.isin(whole.table["region"].str.rsplit("/").str[-1].astype(int), HELD).sum())
+    held = int(held_out(whole).sum())
     regions = whole.table["region"].nunique()
     return "\n".join([*lines, "", f"{held} candidates of {len(whole)} are held out; there are {regions} regions."])
 
