@@ -165,7 +165,10 @@ def bundled_model() -> str:
         "## In 8 bits",
         "Against float, on validation stamps that were not calibrated on; *lost* and *gained* at the card's threshold "
         f"of {card.threshold}. The default is `{card.default_variant}`.",
-        table(("variant", "largest difference", "mean", "lost, gained", "AUC-PR in float", "AUC-PR"), agreement),
+        table(
+            ("variant", "largest difference", "mean", "lost, gained", "AUC-PR at 1:1 in float", "AUC-PR at 1:1"),
+            agreement,
+        ),
         "How fast: [performance](performance.md#scoring-stamps).",
     )
 

@@ -116,6 +116,23 @@ def test_columns_are_cut_into_parts(values, names):
     assert [name for name, _ in parts] == names
 
 
+def test_every_ccd_is_in_the_numbers_and_the_worst_in_the_table(tmp_path):
+    """Of a camera with forty, the one whose candidates are told at random is not among "others"."""
+    random = np.random.default_rng(1)
+    table = candidates(8000).assign(ccd=lambda t: random.integers(1, 41, len(t)))
+    broken = table["ccd"] == 33
+    table.loc[broken, "score_good"] = random.uniform(size=broken.sum())
+    table.to_csv(tmp_path / "scores.csv", index=False)
+    read = read_candidates(tmp_path / "scores.csv", scores=["score_good"], by=["ccd"])
+    found = evaluate_candidates(read, tmp_path / "out", QUICK)
+    (numbers,) = json.loads((tmp_path / "out" / "metrics.json").read_text())["scores"].values()
+    assert sorted(int(part["name"]) for part in numbers["parts"]) == list(range(1, 41))
+    told = [line.split()[1] for line in found.text().splitlines() if line.startswith("ccd ")]
+    assert len(told) == 12
+    assert "33" in told
+    assert "ccd: 28 more, none with a lower AUC-PR; all are in metrics.json" in found.text()
+
+
 def test_what_was_not_scored_is_said_and_counted_as_lost(tmp_path):
     """It is in no metric, and a real one without a score is a lost one."""
     table = candidates()
@@ -154,6 +171,11 @@ def test_a_part_of_one_class_or_one_group_has_no_false_interval(tmp_path):
     assert np.isnan(real.values["auc_pr 1:1"].value)
     assert real.values["false_negative_rate"].value < 0.02
     assert np.isnan(bogus.values["false_negative_rate"].value)
+    # What needs the other class has no value; a rate of one class has its interval all the same.
+    for part, key in ((real, "false_negative_rate"), (bogus, "bogus_removed")):
+        rate = part.values[key]
+        assert rate.low <= rate.value <= rate.high
+        assert 0 < rate.high - rate.low < 0.2
     json.loads((tmp_path / "out" / "metrics.json").read_text(), parse_constant=pytest.fail)
 
 

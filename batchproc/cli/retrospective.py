@@ -31,7 +31,7 @@ _PATH = click.Path(path_type=Path)
     epilog=example(
         "batchproc evaluate retrospective RUN --truth truth.csv --leave-out kind --kind forest --out search",
         "batchproc evaluate retrospective alerts/ --labels types.csv --leave-out label=SN --out search",
-        "batchproc evaluate retrospective RUN --labels vetted.csv --leave-out id=ZTF18abukavn --out search",
+        "batchproc evaluate retrospective alerts/ --labels vetted.csv --leave-out group=ZTF18abukavn --out search",
     ),
 )
 @click.argument("sources", nargs=-1, required=True, type=_PATH, metavar="SOURCE...")
@@ -41,7 +41,8 @@ _PATH = click.Path(path_type=Path)
     multiple=True,
     required=True,
     metavar="COLUMN[=VALUE]",
-    help="Learn from none of these, such as label=SN or id=NAME; of a COLUMN, each value in turn; may be repeated.",
+    help="Learn from none of these, such as label=SN, or group=ZTF18abukavn (an object of packets); of a COLUMN, each "
+    "value in turn; may be repeated.",
 )
 @labels_option
 @click.option("--truth", type=_PATH, help="Of a run: its known transients.  [default: RUN/truth.parquet]")

@@ -148,7 +148,7 @@ class Model:
         n: int | None = None
         if self.takes_stamps:
             stamps = stamps if hasattr(stamps, "shape") else np.asarray(stamps)
-            self._check_stamps(stamps.shape)
+            self._check_stamps(stamps)
             n = stamps.shape[0]
         table = self._check_features(features, n)
         n = len(np.asarray(table)) if n is None else n
@@ -183,7 +183,10 @@ class Model:
             )
         return np.where(np.all(usable, axis=0)[:, None], out.reshape(n, -1), np.float32(np.nan))
 
-    def _check_stamps(self, shape: tuple[int, ...]) -> None:
+    def _check_stamps(self, stamps: Any) -> None:
+        shape, kind = stamps.shape, getattr(stamps, "dtype", np.dtype(np.float32))
+        if kind.kind not in "fiub":
+            raise ModelError(f"model {self.name}: stamps of type {kind}; expected real numbers, such as float32")
         if len(shape) != 4 or shape[1] != len(CHANNELS):
             raise ModelError(
                 f"model {self.name}: stamps of shape {shape}; expected (n, {len(CHANNELS)}, h, w) with "

@@ -114,7 +114,11 @@ class Agreement:
             f"largest difference {self.largest_difference:.3f}, mean {self.mean_difference:.4f} on {self.n_stamps} "
             f"stamps; {self.lost} lost and {self.gained} gained at the threshold"
         )
-        return told if self.auc_pr is None else f"{told}; AUC-PR {self.auc_pr:.4f}, in float {self.auc_pr_float:.4f}"
+        return (
+            told
+            if self.auc_pr is None
+            else f"{told}; AUC-PR at 1:1 {self.auc_pr:.4f}, in float {self.auc_pr_float:.4f}"
+        )
 
 
 def agreement(
@@ -373,7 +377,7 @@ def _refuse_harm(
         lost = (each.auc_pr_float or 0.0) - (each.auc_pr or 0.0)
         if not lost <= auc_pr_tolerance:
             raise ModelError(
-                f"model {card.name}: {variant} has an AUC-PR of {each.auc_pr:.4f} where float has "
+                f"model {card.name}: {variant} has an AUC-PR at 1:1 of {each.auc_pr:.4f} where float has "
                 f"{each.auc_pr_float:.4f}, on {each.n_stamps} stamps; allowed to be lost: {auc_pr_tolerance}. Nothing "
                 f"written"
             )
@@ -381,4 +385,6 @@ def _refuse_harm(
 
 def _notes(form: Format, found: Agreement, n_calibrated: int) -> dict[str, Any]:
     told = {key: value for key, value in asdict(found).items() if value is not None}
+    if found.auc_pr is not None:
+        told["prevalence"] = 0.5
     return {"method": form.method, "n_calibrated_on": n_calibrated, **told}

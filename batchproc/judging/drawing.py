@@ -15,6 +15,8 @@ from batchproc.learning.evaluate import rates
 __all__ = ["draw"]
 
 _LINES = ("-", "--", ":")
+#: Names that there is room for below an axis.
+_NAMED = 13
 #: Candidates in a bin of scores that tell what it means.
 _CALIBRATED = 10
 
@@ -109,5 +111,6 @@ def _parts(axis: Axes, found: Sequence[Judgement], column: str) -> None:
             spread = np.nan_to_num(np.maximum(np.abs(values[1:] - values[0]), 0))
             label = key.replace("_", " ") if number == 0 else None
             axis.errorbar(x, values[0], spread, fmt=marker, ms=4, lw=1, color=colour(number), label=label)
-    axis.set_xticks(np.arange(len(names)), names, rotation=25, ha="right")
+    every = -(-len(names) // _NAMED)
+    axis.set_xticks(np.arange(len(names))[::every], names[::every], rotation=25, ha="right")
     axis.set(title=f"by {column}, at the threshold", ylim=(-0.05, 1.05))

@@ -10,9 +10,9 @@ from batchproc.io.cost import Cost
 from batchproc.judging.beside import cost_rows
 from batchproc.judging.candidates import Candidates
 from batchproc.judging.drawing import draw
-from batchproc.judging.measures import MIXTURES, Judgement, Plan, judge
+from batchproc.judging.measures import MIXTURES, Judgement, Plan, judge, worst
 from batchproc.judging.outcome import Outcome, carry_out
-from batchproc.judging.text import say, table
+from batchproc.judging.text import not_shown, say, table
 
 __all__ = ["Evaluation", "evaluate_candidates"]
 
@@ -135,7 +135,8 @@ def _parts(found: Judgement) -> list[str]:
     head = (f"{found.name}: by", "", "real, bogus", "AUC-PR 1:1", "false negatives", "bogus removed")
     keys = ("auc_pr 1:1", "false_negative_rate", "bogus_removed")
     rows = []
-    for part in found.parts:
+    shown, hidden = worst(found.parts, "auc_pr 1:1")
+    for part in shown:
         numbers = (say(part.values[key], 3) for key in keys)
         rows.append((part.column, part.name, f"{part.n_real}, {part.n_bogus}", *numbers))
-    return [*table(head, rows), ""]
+    return [*table(head, rows), *not_shown(hidden, "AUC-PR"), ""]

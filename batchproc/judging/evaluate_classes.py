@@ -10,9 +10,9 @@ from batchproc.io.cost import Cost
 from batchproc.judging.beside import cost_rows
 from batchproc.judging.class_drawing import draw_classes
 from batchproc.judging.classes import ClassJudgement, judge_classes
-from batchproc.judging.measures import MIXTURES, Plan
+from batchproc.judging.measures import MIXTURES, Plan, worst
 from batchproc.judging.outcome import Outcome, carry_out
-from batchproc.judging.text import say, table
+from batchproc.judging.text import not_shown, say, table
 from batchproc.judging.typed import Typed
 
 __all__ = ["ClassEvaluation", "evaluate_classes"]
@@ -123,8 +123,13 @@ def _matrix(found: ClassJudgement) -> list[str]:
 def _parts(found: ClassJudgement) -> list[str]:
     if not found.parts:
         return []
+    shown, hidden = worst(found.parts, "macro_f1")
     rows = [
         (part.column, part.name, str(part.n), say(part.values["macro_f1"], 3), say(part.values["accuracy"], 3))
-        for part in found.parts
+        for part in shown
     ]
-    return [*table((f"{found.name}: by", "", "candidates", "macro F1", "accuracy"), rows), ""]
+    return [
+        *table((f"{found.name}: by", "", "candidates", "macro F1", "accuracy"), rows),
+        *not_shown(hidden, "macro F1"),
+        "",
+    ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -12,14 +13,15 @@ from numpy.typing import NDArray
 from batchproc.judging.candidates import Candidates
 from batchproc.learning.evaluate import Calibration, Interval, Ranked, bootstrap_many, brier, calibration
 
-__all__ = ["MIXTURES", "Judgement", "Part", "Plan", "judge", "split_column"]
+__all__ = ["MIXTURES", "Judgement", "Part", "Plan", "judge", "split_column", "worst"]
 
 #: Mixtures for which everything that depends on one is said, and their prevalence.
 MIXTURES = {"1:1": 1 / 2, "1:100": 1 / 101, "1:10^4": 1 / 10_001}
 #: Whole numbers with no more values than this are taken as names.
 _NAMES_UP_TO = 8
-#: Of names, the most frequent; the rest are one part.
+#: Of names, the most frequent; the rest are one part. But of the columns below each is one of its own.
 _MOST_PARTS = 12
+_ALL_APART = ("ccd", "filter")
 _NO_INTERVAL = (np.nan, np.nan)
 
 
@@ -44,8 +46,8 @@ class Part:
     column, name : str
     n_real, n_bogus, n_groups : int
     values : dict
-        ``auc_pr 1:1``, ``auc_roc``, ``false_negative_rate``, ``bogus_removed``; NaN where a class is absent, and no
-        interval where fewer than two groups are.
+        ``auc_pr 1:1``, ``auc_roc``, ``false_negative_rate``, ``bogus_removed``; NaN where a class that it needs is
+        absent, and no interval where fewer than two groups are.
     """
 
     column: str
@@ -233,7 +235,7 @@ def _part(
             "bogus_removed": float(drawn[~real & below].sum() / n_bogus) if n_bogus else np.nan,
         }
 
-    if both and n_groups > 1:
+    if n_groups > 1:
         values = bootstrap_many(measure, real, groups=group, **_drawing(plan))
     else:
         once = measure(np.ones(len(rows), np.int64))
@@ -246,6 +248,34 @@ def _part(
 def _rates_bounded(values: dict[str, Interval], n_real: int, n_bogus: int, level: float) -> dict[str, Interval]:
     n = {"recall": n_real, "false_negative_rate": n_real, "bogus_removed": n_bogus}
     return {key: value.of_rate(n[key], level) if key in n else value for key, value in values.items()}
+
+
+class _AnyPart(Protocol):
+    @property
+    def column(self) -> str: ...
+
+    @property
+    def values(self) -> dict[str, Interval]: ...
+
+
+P = TypeVar("P", bound=_AnyPart)
+
+
+def worst(parts: Sequence[P], key: str, most: int = _MOST_PARTS) -> tuple[list[P], dict[str, int]]:
+    """Of each column those that do worst by a value, in the order that they have; and how many of it are left out.
+
+    What has no value comes last. Columns of no more than `most` parts are there whole.
+    """
+    shown: list[P] = []
+    hidden: dict[str, int] = {}
+    for column in dict.fromkeys(part.column for part in parts):
+        here = [part for part in parts if part.column == column]
+        value = [part.values[key].value for part in here]
+        order = np.argsort(value, kind="stable")  # NaN is last
+        shown += [here[k] for k in sorted(order[:most])]
+        if len(here) > most:
+            hidden[column] = len(here) - most
+    return shown, hidden
 
 
 def split_column(column: pd.Series, parts: int) -> list[tuple[str, NDArray[np.intp]]]:
@@ -269,11 +299,12 @@ def split_column(column: pd.Series, parts: int) -> list[tuple[str, NDArray[np.in
                 found.append((f"{said[k]} to {said[k + 1]}", rows))
     else:
         frequent = list(present.value_counts().index)
-        for value in sorted(frequent[:_MOST_PARTS], key=lambda v: (isinstance(v, str), v)):
+        most = len(frequent) if column.name in _ALL_APART else _MOST_PARTS
+        for value in sorted(frequent[:most], key=lambda v: (isinstance(v, str), v)):
             found.append((str(value), np.flatnonzero((column == value).to_numpy(dtype=bool, na_value=False))))
-        if frequent[_MOST_PARTS:]:
-            rest = column.isin(frequent[_MOST_PARTS:]).to_numpy()
-            found.append((f"{len(frequent) - _MOST_PARTS} others", np.flatnonzero(rest)))
+        if frequent[most:]:
+            rest = column.isin(frequent[most:]).to_numpy()
+            found.append((f"{len(frequent) - most} others", np.flatnonzero(rest)))
     if absent.any():
         found.append(("no value", np.flatnonzero(absent)))
     return found

@@ -50,7 +50,8 @@ class Ranking:
     threshold : float
         Keeps the completeness asked for of the ordinary real ones; NaN where there are none.
     place : ndarray (n,) of int
-        Of each that was left out, from 1, in the list of the test part and itself; the last for what is not scored.
+        Of each that was left out, from 1, in the list of the test part and itself alone; equal scores come before it,
+        and what is not scored is last.
     n_list : int
         Length of that list.
     ahead : tuple of Interval
@@ -123,12 +124,12 @@ def rank(scored: Scored, plan: Plan) -> Ranking:
         for odds in ODDS:
             bounds = expected_rank([median.value, median.low, median.high], odds)
             values[f"{start}rank_1_to_{odds}"] = Interval(*map(float, bounds))
-    everything = np.concatenate([left_out, ordinary, bogus])
+    others = np.concatenate([ordinary, bogus])
     return Ranking(
         scored=scored,
         threshold=_threshold(ordinary, np.ones(k, np.int64), plan.completeness),
-        place=_places(left_out, everything),
-        n_list=len(everything),
+        place=1 + np.rint(ahead(left_out, others) * len(others)).astype(np.intp),
+        n_list=len(others) + 1,
         ahead=each,
         values=values,
     )
@@ -170,9 +171,3 @@ def _threshold(ordinary: NDArray[np.float64], drawn: NDArray[np.int64], complete
     total = np.cumsum(drawn[known][order])
     needed = max(1, np.ceil(completeness * total[-1] - 1e-9))
     return float(ordinary[known][order][np.searchsorted(total, needed)])
-
-
-def _places(scores: NDArray[np.float64], everything: NDArray[np.float64]) -> NDArray[np.intp]:
-    """Number of those as high or higher, itself among them; of what is not scored, all."""
-    fraction = ahead(scores, everything)
-    return np.rint(fraction * len(everything)).astype(np.intp)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from batchproc.learning.evaluate import Interval
 
-__all__ = ["say", "table"]
+__all__ = ["not_shown", "say", "table"]
 
 
 def say(value: Interval | None, digits: int = 4) -> str:
@@ -17,6 +17,12 @@ def say(value: Interval | None, digits: int = 4) -> str:
         return "–"
     one, low, high = (_number(v, digits) for v in (value.value, value.low, value.high))
     return one if np.isnan(value.low) else f"{one} [{low}, {high}]"
+
+
+def not_shown(hidden: Mapping[str, int], key: str) -> Iterator[str]:
+    """For each column of which parts are not in a table, how many these are."""
+    for column, number in hidden.items():
+        yield f"{column}: {number} more, none with a lower {key}; all are in metrics.json"
 
 
 def _number(value: float, digits: int) -> str:

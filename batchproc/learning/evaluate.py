@@ -341,7 +341,7 @@ def bootstrap_many(
         ``measure(drawn) -> {name: value}``, with how often each candidate was drawn; all once is the sample itself.
         NaN where a resample has no such value.
     real, groups, resamples, level, seed
-        As in `bootstrap`; `real` may be numbers of several classes.
+        As in `bootstrap`; `real` may be numbers of several classes, or of one.
     """
     truth = np.asarray(real)
     values = measure(np.ones(len(truth), np.int64))
@@ -353,7 +353,7 @@ def bootstrap_many(
 
 
 def _resamples(truth: NDArray, groups: ArrayLike | None, resamples: int, seed: int) -> Iterator[NDArray[np.intp]]:
-    """Rows of each resample; those with a single class are left out."""
+    """Rows of each resample; those with a single class are left out, unless there is no other."""
     random = np.random.default_rng(seed)
     if groups is None:
         classes = [np.flatnonzero(truth == value) for value in np.unique(truth)[::-1]]
@@ -372,9 +372,10 @@ def _resamples(truth: NDArray, groups: ArrayLike | None, resamples: int, seed: i
         def draw() -> NDArray[np.intp]:
             return np.concatenate([members[k] for k in random.integers(len(members), size=len(members))])
 
+    alone = not (truth != truth[0]).any()
     for _ in range(resamples):
         chosen = draw()
-        if (truth[chosen] != truth[chosen[0]]).any():
+        if alone or (truth[chosen] != truth[chosen[0]]).any():
             yield chosen
 
 

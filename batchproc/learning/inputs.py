@@ -63,7 +63,7 @@ def to_tensor(
     ----------
     stamps : ndarray (n, 3, h, w)
         New, reference, difference, un-normalised; NaN, infinite or beyond `NO_DATA_LIMIT` where there is no data.
-        Not modified.
+        Not modified. Any type of number, in any order of bytes.
     size : int
         Side of the model's input in pixels. The candidate is taken to sit at ``(h // 2, w // 2)``; what is larger is
         cropped around it, what is smaller padded with "no data".
@@ -99,7 +99,7 @@ def to_tensor(
     ------
     ValueError
         An unknown normalisation, channel, layout, sign, set of scales or place of truncated stamps, one that does not
-        go with another, or stamps that are not ``(n, 3, h, w)``.
+        go with another, or stamps that are not ``(n, 3, h, w)`` or no real numbers.
     """
     _check_name("normalisation", normalisation, NORMALISATIONS)
     _check_name("layout", layout, LAYOUTS)
@@ -109,6 +109,10 @@ def to_tensor(
         raise ValueError(f"scales {scales}: known are {SCALES}, the latter with noise-log and without padding")
     if stamps.ndim != 4 or stamps.shape[1] != len(CHANNELS):
         raise ValueError(f"stamps of shape {stamps.shape}; expected (n, {len(CHANNELS)}, h, w): {', '.join(CHANNELS)}")
+    if stamps.dtype.kind not in "fiub":
+        raise ValueError(f"stamps of type {stamps.dtype}; expected real numbers")
+    if stamps.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):  # such as the big-endian ones of FITS
+        stamps = stamps.astype(np.float32)
     order = tuple(_channel_index(name) for name in channels)
     needed, places = max(1.0, min_finite * size * size), _places(stamps.shape, size, truncated)
     if sky or sign != SIGNS[0]:

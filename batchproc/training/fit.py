@@ -80,7 +80,8 @@ class History:
         if not self.valid_auc_pr:
             return ""
         return (
-            f"loss {self.valid_loss[-1]:.3f}, AUC-PR {self.valid_auc_pr[-1]:.4f}, best of epoch {self.best_epoch + 1}"
+            f"loss {self.valid_loss[-1]:.3f}, AUC-PR at 1:1 {self.valid_auc_pr[-1]:.4f}, "
+            f"best of epoch {self.best_epoch + 1}"
         )
 
 

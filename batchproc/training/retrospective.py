@@ -55,8 +55,8 @@ def retrospective(
     settings : TrainSettings
         How to divide and to train.
     leave_out : sequence of str
-        ``COLUMN=VALUE`` (such as ``label=SN``, ``kind=vanished``, ``id=ZTF18abcdef``), or ``COLUMN`` for each of its
-        values in turn. Bogus ones of it are left out of everything.
+        ``COLUMN=VALUE`` (such as ``label=SN``, ``kind=vanished``, or ``group=ZTF18abukavn``, an object of packets), or
+        ``COLUMN`` for each of its values in turn. Bogus ones of it are left out of everything.
     plan : Plan, optional
     control : bool
         Train once more with nothing left out.

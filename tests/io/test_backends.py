@@ -256,6 +256,18 @@ def test_a_provider_that_fails_is_not_the_cpu(make, monkeypatch):
         load_model(make(float="small.onnx"), device="gpu").predict(stamps_of())
 
 
+def test_operators_that_a_provider_leaves_to_the_cpu_are_refused(make):
+    """ONNX Runtime says that the provider is in use, and computes on the CPU what it has no kernel for."""
+    import onnxruntime
+
+    azure = "AzureExecutionProvider"  # has no kernel for anything that a network is made of
+    if azure not in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has no provider that lacks operators")
+    with pytest.raises(ModelError, match=rf"asked for {azure}, which has no kernel .* × Conv.* on the CPU") as error:
+        load_model(make(float="small.onnx"), provider=azure).predict(stamps_of())
+    assert 'device = "cpu"' in str(error.value)
+
+
 def test_two_onnx_runtimes_in_one_place_are_refused(make, tmp_path, monkeypatch):
     """Before anything is scored, with the two lines that mend it."""
     folder = make(float="small.onnx")

@@ -162,11 +162,13 @@ def test_the_same_stamps_and_seed_give_the_same_files(toy, tmp_path):
 
 
 def test_labels_are_measured_by(toy):
-    """AUC-PR in float and in integers is on the card."""
+    """AUC-PR in float and in integers is on the card, with the mixture that it holds for."""
     stamps = stamps_of()
     labels = np.where(np.arange(300) % 2, "real", "bogus")
     quantise_model(toy, stamps, formats=("tflite",), labels=labels, auc_pr_tolerance=1.0)
-    assert {"auc_pr", "auc_pr_float"} <= set(read_card(toy).quantisation["int8-tflite"])
+    noted = read_card(toy).quantisation["int8-tflite"]
+    assert {"auc_pr", "auc_pr_float"} <= set(noted)
+    assert noted["prevalence"] == 0.5
 
 
 # --- What is refused --------------------------------------------------------------------------------------------------
@@ -187,7 +189,7 @@ def test_what_loses_auc_pr_is_not_written(toy, monkeypatch):
     before = contents(toy)
     values = iter([0.99, 0.9])
     monkeypatch.setattr(quantise, "auc_pr", lambda real, scores, prevalence: next(values))
-    with pytest.raises(ModelError, match=r"AUC-PR of 0\.9000 where float has 0\.9900.* lost: 0\.005\. Nothing"):
+    with pytest.raises(ModelError, match=r"AUC-PR at 1:1 of 0\.9000 where float has 0\.9900.* lost: 0\.005\. Nothing"):
         quantise_model(toy, stamps_of(), formats=("tflite",), labels=labels)
     assert contents(toy) == before
 

@@ -374,6 +374,24 @@ def test_unknown_names_are_refused(change, message):
         to_tensor(stamps_of(), **({"size": 31, "normalisation": "none"} | change))
 
 
+@pytest.mark.parametrize("normalisation", ["noise-log", "image-l2"])
+@pytest.mark.parametrize("kind", [">f4", "f2", ">i2", "f8", "longdouble"])
+def test_any_type_of_number_will_do(normalisation, kind):
+    """FITS is big-endian, archives are of half precision or integers: the same tensor as of these values in float32."""
+    stamps = np.nan_to_num(50 * stamps_of()).astype(kind)
+    tensor, scored = to_tensor(stamps, size=31, normalisation=normalisation)
+    expected, _ = to_tensor(stamps.astype(np.float32), size=31, normalisation=normalisation)
+    assert scored.all()
+    np.testing.assert_allclose(tensor, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["complex64", "U3", object])
+def test_what_is_no_number_is_refused(kind):
+    """Rather than by whatever comes upon it."""
+    with pytest.raises(ValueError, match="expected real numbers"):
+        to_tensor(np.zeros((2, 3, 63, 63)).astype(kind), size=31, normalisation="noise-log")
+
+
 def test_channels_last_are_refused():
     """(n, h, w, 3) is not taken for something else."""
     with pytest.raises(ValueError, match=r"expected \(n, 3, h, w\)"):

@@ -48,8 +48,8 @@ def test_ranks_are_places_among_the_test_part():
     scored = Scored(np.array([0.9, 0.5, np.nan]), np.array([0.8, 0.6, 0.55]), np.array([0.1, 0.5, 0.7, 0.2]))
     found = rank(scored, Plan(resamples=20, completeness=0.6))
     assert found.threshold == 0.6
-    assert found.place.tolist() == [1, 7, 10]
-    assert found.n_list == 10
+    assert found.place.tolist() == [1, 6, 8]  # each in a list of its own: others that were left out are not in it
+    assert found.n_list == 8
     assert [one.value for one in found.ahead] == [0.0, 0.5, 1.0]
     assert found.above.tolist() == [True, False, False]
     assert found.values["rank_1_to_100"].value == 1 + 100 * 0.5

@@ -97,7 +97,7 @@ def lacks_runtime(path: str | Path) -> bool:
     return Path(path).suffix == ".tflite" and not is_installed()
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)  # models that take turns batch by batch must not put each other out
 def open_backend(file: str, expected: str, threads: int, provider: str) -> Backend:
     """What runs a file in this process, made once.
 

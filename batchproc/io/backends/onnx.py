@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -15,6 +19,14 @@ from batchproc.io.backends.batches import Slot, Tensors, check_tensors, in_batch
 __all__ = ["OnnxBackend", "refuse_two_runtimes"]
 
 _NUMBERS = ("tensor(float)", "tensor(double)", "tensor(float16)")
+_CPU = "CPUExecutionProvider"
+#: Of a few integers each, and left to the CPU on purpose by every provider.
+_ON_SHAPES = frozenset(
+    {
+        *("Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Div", "Equal", "Expand", "Gather", "Mul", "Range"),
+        *("ReduceProd", "Reshape", "Shape", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where"),
+    }
+)
 _FOR_CUDA = "pip uninstall onnxruntime onnxruntime-gpu; pip install onnxruntime-gpu"
 
 
@@ -70,6 +82,33 @@ def _session(file: str, data: bytes, threads: int, provider: str) -> Any:
     if provider not in there:
         advice = _FOR_CUDA if provider == "CUDAExecutionProvider" else "install the package that brings it"
         raise ModelError(f"provider {provider} is not in this ONNX Runtime (it has {', '.join(there)}). {advice}")
+    session = _strict(data, threads, provider)
+    if session is None:
+        try:
+            session = onnxruntime.InferenceSession(data, _options(threads), providers=[provider])
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise ModelError(f"{file}: ONNX Runtime cannot load it: {error}") from error
+        used = session.get_providers()[0]
+        if used != provider:
+            raise ModelError(
+                f"{file}: asked for {provider}, ONNX Runtime uses {used}: the device or its libraries cannot be used. "
+                f"See what `nvidia-smi` says on this machine and which CUDA and cuDNN this onnxruntime-gpu wants, or "
+                f'take device = "cpu"'
+            )
+        elsewhere = {} if provider == _CPU else _left_to_cpu(file, data, threads, provider)
+        if elsewhere:
+            told = ", ".join(f"{count} × {name}" for name, count in sorted(elsewhere.items()))
+            raise ModelError(
+                f"{file}: asked for {provider}, which has no kernel for some of its operators: ONNX Runtime would run "
+                f'{told} on the CPU. Take device = "cpu", or write the model with operators that {provider} has'
+            )
+    session.disable_fallback()  # nor where a run fails
+    return session
+
+
+def _options(threads: int) -> Any:
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = threads
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
@@ -77,19 +116,46 @@ def _session(file: str, data: bytes, threads: int, provider: str) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     options.log_severity_level = 3  # errors only; they are raised
+    return options
+
+
+def _strict(data: bytes, threads: int, provider: str) -> Any:
+    """A session that leaves no node to the CPU; None where there is none, or the CPU is what is asked for."""
+    import onnxruntime
+
+    if provider == _CPU:
+        return None
+    strict = _options(threads)
+    strict.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    strict.log_severity_level = 4  # what it says is looked into below
     try:
-        session = onnxruntime.InferenceSession(data, options, providers=[provider])
-    except Exception as error:  # ONNX Runtime's exceptions share no base class
-        raise ModelError(f"{file}: ONNX Runtime cannot load it: {error}") from error
-    used = session.get_providers()[0]
-    if used != provider:
-        raise ModelError(
-            f"{file}: asked for {provider}, ONNX Runtime uses {used}: the device or its libraries cannot be used. "
-            f"See what `nvidia-smi` says on this machine and which CUDA and cuDNN this onnxruntime-gpu wants, or take "
-            f'device = "cpu"'
-        )
-    session.disable_fallback()  # nor where a run fails
-    return session
+        session = onnxruntime.InferenceSession(data, strict, providers=[provider])
+    except Exception:  # ONNX Runtime's exceptions share no base class
+        return None
+    return session if session.get_providers()[0] == provider else None
+
+
+def _left_to_cpu(file: str, data: bytes, threads: int, provider: str) -> Counter[str]:
+    """How many of which operators the CPU computes for a provider that lacks them, not counting those on shapes."""
+    import onnxruntime
+
+    with TemporaryDirectory() as folder:
+        watched = _options(threads)
+        watched.enable_profiling = True
+        watched.profile_file_prefix = f"{folder}/nodes"
+        try:
+            session = onnxruntime.InferenceSession(data, watched, providers=[provider])
+            given = {i.name: np.zeros([_length(k) or 1 for k in i.shape], np.float32) for i in session.get_inputs()}
+            session.run(None, given)
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        except Exception as error:  # ONNX Runtime's exceptions share no base class
+            raise ModelError(f"{file}: ONNX Runtime cannot run it on {provider}: {error}") from error
+    nodes = {
+        event["name"]: event["args"] for event in events if event.get("cat") == "Node" and "provider" in event["args"]
+    }
+    return Counter(
+        node["op_name"] for node in nodes.values() if node["provider"] == _CPU and node["op_name"] not in _ON_SHAPES
+    )
 
 
 def refuse_two_runtimes() -> None:
