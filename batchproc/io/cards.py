@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from batchproc.errors import ModelError
 from batchproc.learning.inputs import CHANNELS, LAYOUTS, NORMALISATIONS, SCALES, SIGNS, TRUNCATED, to_tensor
 
-__all__ = ["CARD", "InputCard", "ModelCard", "check_card", "read_card"]
+__all__ = ["CARD", "LEARNT_FROM", "InputCard", "ModelCard", "check_card", "read_card"]
 
 CARD = "card.toml"
+#: Beside it, where that is known: positions and ids of what the model has learnt from.
+LEARNT_FROM = "learnt_from.parquet"
 #: Files that can be run: by ONNX Runtime, by LiteRT.
 SUFFIXES = (".onnx", ".tflite")
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from batchproc.errors import ModelError
 from batchproc.io.atomic import replacing, write_text
 from batchproc.io.backends import lacks_runtime, provider_for, read_bytes
-from batchproc.io.cards import CARD, ModelCard, check_card, read_card
+from batchproc.io.cards import CARD, LEARNT_FROM, ModelCard, check_card, read_card
 from batchproc.io.models import (
     Model,
     find_model,
@@ -62,6 +62,8 @@ def add_model(path: str | Path, name: str | None = None) -> Path:
         temporary.mkdir()
         for file in card.files.values():
             shutil.copyfile(source / file["path"], temporary / file["path"])
+        if (source / LEARNT_FROM).is_file():
+            shutil.copyfile(source / LEARNT_FROM, temporary / LEARNT_FROM)
         (temporary / CARD).write_text(card.to_toml())
     return target
 

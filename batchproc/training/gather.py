@@ -20,8 +20,7 @@ from batchproc.training.examples import Examples
 from batchproc.training.injections import Injections, inject_manifest
 from batchproc.training.settings import TrainSettings
 from batchproc.training.sources import Reading, read_source
-from batchproc.training.splits import split_examples
-from batchproc.training.train import check_examples, part_table
+from batchproc.training.train import check_examples, part_table, split_anew
 
 __all__ = ["Sources", "describe", "gather", "known_places", "stamp_size"]
 
@@ -110,7 +109,7 @@ def describe(sources: Sources, reading: Reading, settings: TrainSettings, size: 
     Raises
     ------
     UsageError
-        As of `gather` and `split_examples`.
+        As of `gather` and `split_anew`.
     """
     missing = sources.missing()
     lines = []
@@ -122,7 +121,7 @@ def describe(sources: Sources, reading: Reading, settings: TrainSettings, size: 
     if ready.paths or ready.manifests:
         examples = gather(ready, replace(reading, size=0))
         check_examples(examples, settings)
-        split = split_examples(examples.label, examples.table, settings)
+        split = split_anew(examples, settings)
         lines += [_sources(examples), "", part_table(examples.label, split).to_string(), ""]
         lines += [f"note: {note}" for note in (*reading.notes, *split.notes)]
         if size:

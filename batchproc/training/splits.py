@@ -9,7 +9,7 @@ same sky is on both sides of it. Arrays only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,13 +22,15 @@ from scipy.spatial import cKDTree
 from batchproc.errors import UsageError
 from batchproc.training.settings import TrainSettings
 
-__all__ = ["PARTS", "Split", "group_of", "sky_groups", "split_examples", "strata_of"]
+__all__ = ["PARTS", "Split", "group_of", "near_any", "sky_groups", "split_examples", "strata_of"]
 
 PARTS = ("train", "valid", "test")
 _TIMES = ("mjd", "date", "night", "time", "jd")
 #: The parts can be no finer than groups: with one that holds more than this share of the examples, or
 #: with fewer than `_FEW` in a part, that is said.
 _LARGE = 0.3
+#: Of what a base has not seen, at most this share is kept to measure on.
+_MOST_TEST = 0.8
 _FEW = 10
 
 
@@ -55,7 +57,9 @@ class Split:
         return np.flatnonzero(self.part == part)
 
 
-def split_examples(label: ArrayLike, table: pd.DataFrame, settings: TrainSettings) -> Split:
+def split_examples(
+    label: ArrayLike, table: pd.DataFrame, settings: TrainSettings, *, seen: NDArray[np.bool_] | None = None
+) -> Split:
     """Divide examples into parts, by groups, so that classes and strata have the same shares in each.
 
     Parameters
@@ -65,12 +69,14 @@ def split_examples(label: ArrayLike, table: pd.DataFrame, settings: TrainSetting
         As of `Examples`.
     settings : TrainSettings
         Its second block. The same seed and rows give the same parts.
+    seen : ndarray (n,) bool, optional
+        What the base has learnt from: with its group it is learnt from again, or nothing, but not measured on.
 
     Raises
     ------
     UsageError
         A column to hold out or to group by that is not there, nothing or everything held out, a cut in time, or a part
-        without one of the classes: too few groups.
+        without one of the classes: too few groups, or none that the base has not seen.
     """
     classes = np.asarray(label).astype(np.str_)
     group = group_of(table, settings)
@@ -87,15 +93,25 @@ def split_examples(label: ArrayLike, table: pd.DataFrame, settings: TrainSetting
     else:
         free = np.arange(len(classes))
         shares = {"train": 1 - settings.valid - settings.test, "valid": settings.valid, "test": settings.test}
-    strata = strata_of(classes[free], table.iloc[free], settings.strata, settings.bins)
-    names, number = np.unique(group[free], return_inverse=True)
-    n_classes = len(np.unique(classes[free]))
-    chosen = _divide(number, len(names), strata, n_classes, np.array(list(shares.values())), settings.seed)
-    part[free] = np.array(list(shares))[chosen[number]]
+    known = np.zeros(len(classes), np.bool_) if seen is None else np.isin(group, group[seen])
+    part[held & known] = ""
+    if known.any():
+        notes.append(f"{known.sum()} examples lie where {settings.base} has learnt: none of them is measured on")
+    for rows, wanted in _shared_out(free, known, shares):
+        strata = strata_of(classes[rows], table.iloc[rows], settings.strata, settings.bins)
+        names, number = np.unique(group[rows], return_inverse=True)
+        n_classes = len(np.unique(classes[rows]))
+        chosen = _divide(number, len(names), strata, n_classes, np.array(list(wanted.values())), settings.seed)
+        part[rows] = np.array(list(wanted))[chosen[number]]
     crowded = _too_near(part, table, settings.apart_arcsec)
     part[crowded] = ""
     if crowded.any():
         notes.append(f"{crowded.sum()} examples within {settings.apart_arcsec:g}″ of another part were left out")
+    if known.any() and not (part == "test").any():
+        raise UsageError(
+            f"nothing is left to measure on: {known.sum()} of {len(part)} examples lie where {settings.base} has "
+            "learnt. Give examples from elsewhere, or smaller cells (--cell)"
+        )
     _check_parts(classes, part, group, tuple(shares), settings)
     notes += [*_large_groups(group[free]), *_few_groups(part, group)]
     return Split(part, group, tuple(notes))
@@ -166,20 +182,26 @@ def _chord(arcsec: float) -> float:
     return float(2 * np.sin(np.radians(arcsec / 3600) / 2))
 
 
+def near_any(these: pd.DataFrame, those: pd.DataFrame, within_arcsec: float) -> NDArray[np.bool_]:
+    """Which of the positions (``ra``, ``dec`` in degrees) have another table's so near."""
+    if not len(these) or not len(those):
+        return np.zeros(len(these), np.bool_)
+    there = cKDTree(_directions(those["ra"], those["dec"]))
+    near = there.query(_directions(these["ra"], these["dec"]), distance_upper_bound=_chord(within_arcsec))[0]
+    return np.isfinite(near)
+
+
 def _too_near(part: NDArray[np.str_], table: pd.DataFrame, apart_arcsec: float) -> NDArray[np.bool_]:
     """What of valid lies that near to test, and what of train to test or to what is left of valid."""
     left_out = np.zeros(len(part), np.bool_)
     if not apart_arcsec or not {"ra", "dec"} <= set(table):
         return left_out
-    ra, dec = (table[name].to_numpy(np.float64, na_value=np.nan) for name in ("ra", "dec"))
-    known = np.isfinite(ra) & np.isfinite(dec)
-    xyz = _directions(ra, dec)
+    sky = table[["ra", "dec"]].astype(np.float64)
+    known = np.isfinite(sky).all(axis=1).to_numpy()
     for name, others in (("valid", ["test"]), ("train", ["test", "valid"])):
         rows = np.flatnonzero(known & (part == name))
         held = known & np.isin(part, others) & ~left_out
-        if len(rows) and held.any():
-            near = cKDTree(xyz[held]).query(xyz[rows], distance_upper_bound=_chord(apart_arcsec))[0]
-            left_out[rows] = np.isfinite(near)
+        left_out[rows] = near_any(sky.iloc[rows], sky[held], apart_arcsec)
     return left_out
 
 
@@ -315,6 +337,21 @@ def _text(table: pd.DataFrame, name: str) -> NDArray:
     if name not in table:
         return np.full(len(table), "", object)
     return table[name].astype(object).where(table[name].notna(), "").astype(str).to_numpy(object)
+
+
+def _shared_out(
+    free: NDArray[np.intp], known: NDArray[np.bool_], shares: dict[str, float]
+) -> Iterator[tuple[NDArray[np.intp], dict[str, float]]]:
+    """Rows, and the shares of the parts among them: what is known goes into no test, and the rest makes up for that."""
+    old, new = free[known[free]], free[~known[free]]
+    if "test" not in shares or not len(old):
+        yield free, shares
+        return
+    learnt = {name: share / (1 - shares["test"]) for name, share in shares.items() if name != "test"}
+    yield old, learnt
+    if len(new):
+        test = min(_MOST_TEST, shares["test"] * len(free) / len(new))
+        yield new, {**{name: share * (1 - test) for name, share in learnt.items()}, "test": test}
 
 
 def _check_parts(

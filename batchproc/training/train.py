@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from batchproc import __version__
 from batchproc.errors import UsageError
 from batchproc.io.atomic import replacing, write_bytes, write_text
-from batchproc.io.cards import CARD, InputCard, ModelCard, check_card, read_card
+from batchproc.io.cards import CARD, LEARNT_FROM, InputCard, ModelCard, check_card, read_card
 from batchproc.io.models import Model, file_hash, find_model, load_model
 from batchproc.learning.evaluate import threshold_for_completeness
 from batchproc.training.examples import BOGUS, REAL, Examples, is_binary
 from batchproc.training.multiclass import measure_classes
 from batchproc.training.report import measure
+from batchproc.training.seen import seen_by, write_seen
 from batchproc.training.settings import TrainSettings
 from batchproc.training.splits import PARTS, Split, split_examples
 from batchproc.training.terms import TERMS, columns_of
@@ -38,6 +39,7 @@ __all__ = [
     "check_room",
     "classes_of",
     "part_table",
+    "split_anew",
     "train_model",
 ]
 
@@ -167,7 +169,7 @@ def train_model(
     folder = Path(out)
     check_room(folder, overwrite)
     classes = _as_in_base(check_examples(examples, settings), settings)
-    split = split_examples(examples.label, examples.table, settings)
+    split = split_anew(examples, settings)
     folder.mkdir(parents=True, exist_ok=True)
     parts = {name: examples.view(split.rows(name)) for name in PARTS}
     learn: Learner = importlib.import_module(LEARNERS[settings.kind]).learn
@@ -176,6 +178,8 @@ def train_model(
         learnt = learn(
             parts["train"], parts["valid"], classes=classes, folder=temporary, settings=settings, quiet=quiet
         )
+        learnt_from = np.concatenate([split.rows(part) for part in ("train", "valid")])
+        write_seen(temporary, examples.table.iloc[learnt_from], settings.base)
         card = _card(temporary, learnt, classes, parts, settings)
         card = _measured(temporary, card, parts, split, settings)
         # A former training, which may be the base of this one, stays whole until here; its model is replaced last.
@@ -193,6 +197,12 @@ def train_model(
         notes=split.notes,
         interrupted=learnt.interrupted,
     )
+
+
+def split_anew(examples: Examples, settings: TrainSettings) -> Split:
+    """As `split_examples`, with nothing to be measured on that the base has learnt from, as far as its folder tells."""
+    seen = seen_by(settings.base, examples.table, settings.same_arcsec) if settings.base else None
+    return split_examples(examples.label, examples.table, settings, seen=seen)
 
 
 def classes_of(label: NDArray[np.str_]) -> tuple[str, ...]:
@@ -360,9 +370,9 @@ def _base_metrics(
 def _metrics(
     card: ModelCard, test: Examples, scores: NDArray[np.float32], group: NDArray[np.str_], settings: TrainSettings
 ) -> dict[str, Any]:
-    on = (
-        f"held out: {', '.join(settings.holdout)}" if settings.holdout else "the test part, its groups never trained on"
-    )
+    on = f"held out: {', '.join(settings.holdout)}" if settings.holdout else "the test part, its groups not learnt from"
+    if settings.base and not (find_model(settings.base) / LEARNT_FROM).is_file():
+        on += f" here; where {settings.base} had learnt is not known"
     groups = None if len(np.unique(group[_scored(scores)])) < 2 or settings.group == "none" else group
     common: dict[str, Any] = {"groups": groups, "resamples": settings.resamples}
     if card.classes == (REAL,):

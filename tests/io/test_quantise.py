@@ -396,7 +396,7 @@ def test_the_verb_writes_what_it_prints(toy, tmp_path):
     for line, variant in zip(lines, ("int8-tflite", "int8"), strict=False):
         noted = card.quantisation[variant]
         assert line.startswith(f"{variant} against float: largest difference {noted['largest_difference']:.3f}, mean ")
-        assert line.endswith(f"AUC-PR {noted['auc_pr']:.4f}, in float {noted['auc_pr_float']:.4f}")
+        assert line.endswith(f"AUC-PR at 1:1 {noted['auc_pr']:.4f}, in float {noted['auc_pr_float']:.4f}")
     assert lines[2].endswith("of this machine: float 1234, int8-tflite 1234, int8 1234")
     assert run("default", toy, "int8").exit_code == 0
     assert read_card(toy).default_variant == "int8"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchproc.errors import UsageError
+from batchproc.training.seen import seen_by, write_seen
 from batchproc.training.settings import TrainSettings
 from batchproc.training.splits import PARTS, group_of, sky_groups, split_examples, strata_of
 
@@ -130,6 +132,51 @@ def test_all_held_out_leaves_nothing():
     label, table = candidates(200, 4)
     with pytest.raises(UsageError, match="nothing is left to learn from"):
         split_examples(label, table, replace(SETTINGS, holdout=("survey=A", "survey=B")))
+
+
+def test_what_a_base_has_seen_is_not_measured_on(tmp_path, monkeypatch):
+    """With another seed and more labels, what it has learnt from stays learnt from; the test part is of the rest."""
+    label, table = candidates(3000, 3)
+    table["id"] = [f"c{k}" for k in range(3000)]
+    first = split_examples(label[:2000], table[:2000], SETTINGS)
+    learnt = np.concatenate([first.rows("train"), first.rows("valid")])
+    monkeypatch.setattr("batchproc.training.seen.find_model", Path)
+    write_seen(tmp_path, table.iloc[learnt])
+    moved = table.assign(dec=table["dec"] + 1 / 3600, id="")  # measured anew, an arcsecond off
+    moved.loc[learnt[:50], ["ra", "dec"]] = np.nan
+    moved.loc[learnt[:50], "id"] = table["id"].iloc[learnt[:50]]
+    seen = seen_by(str(tmp_path), moved, SETTINGS.same_arcsec)
+    assert seen[learnt].all()
+    again = replace(SETTINGS, seed=7, base=str(tmp_path))
+    assert np.isin(learnt, split_examples(label, moved, again).rows("test")).any()  # as it would be without
+    found = split_examples(label, moved, again, seen=seen)
+    assert not np.isin(found.group[found.rows("test")], found.group[seen]).any()
+    fresh = ~np.isin(found.group, found.group[seen])
+    assert 300 < fresh.sum() < 1500
+    assert len(found.rows("test")) == pytest.approx(min(0.2 * 3000, 0.8 * fresh.sum()), rel=0.05)
+    assert set(found.part) == set(PARTS)
+    assert any("none of them is measured on" in note for note in found.notes)
+    # Held out, it is left out; and what was all learnt from cannot be measured on.
+    held = split_examples(label, moved, replace(again, holdout=("survey=B",)), seen=seen)
+    assert set(held.part[seen & (moved["survey"] == "B").to_numpy()]) == {""}
+    assert not seen[held.rows("test")].any()
+    with pytest.raises(UsageError, match=r"nothing is left to measure on: 3000 of 3000 examples lie where"):
+        split_examples(label, moved, again, seen=np.ones(3000, bool))
+
+
+def test_what_a_base_has_seen_is_handed_on(tmp_path, monkeypatch):
+    """From base to base; a folder that does not say is unknown, not unseen."""
+    monkeypatch.setattr("batchproc.training.seen.find_model", Path)
+    one, other = (pd.DataFrame({"ra": [ra], "dec": [1.0], "id": [f"i{ra}"]}) for ra in (10.0, 20.0))
+    for name in ("first", "second", "bare"):
+        (tmp_path / name).mkdir()
+    write_seen(tmp_path / "first", one)
+    write_seen(tmp_path / "second", other, str(tmp_path / "first"))
+    both = pd.concat([one, other], ignore_index=True)
+    assert seen_by(str(tmp_path / "first"), both, 5.0).tolist() == [True, False]
+    assert seen_by(str(tmp_path / "second"), both, 5.0).tolist() == [True, True]
+    assert seen_by(str(tmp_path / "bare"), both, 5.0) is None
+    assert not seen_by(str(tmp_path / "second"), pd.DataFrame({"x": [1.0, 2.0]}), 5.0).any()
 
 
 def test_too_few_groups_are_refused_with_their_numbers():
