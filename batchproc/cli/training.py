@@ -76,7 +76,7 @@ threads_option = click.option("--threads", type=click.IntRange(1), help="Of the 
 @click.option("--from", "base", metavar="MODEL", help="Continue from this model; few labels will do.")
 @click.option("--freeze", is_flag=True, default=None, help="Of that model, fit the last layer only.")
 @kind_option
-@click.option("--network", metavar="NAME", help="Which network: realbogus, vgg6.  [default: realbogus]")
+@click.option("--network", metavar="NAME", help="Which network: realbogus, two-scales, vgg6.  [default: realbogus]")
 @click.option("--feature", "features", multiple=True, metavar="COLUMN", help="Taken besides the stamp; repeatable.")
 @click.option("--name", help="Of the model, on its card.  [default: trained]")
 @click.option(

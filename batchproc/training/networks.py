@@ -136,7 +136,9 @@ def new_network(name: str, size: int, outputs: int, features: NDArray[np.float32
     """
     recipe = recipe_of(name)
     if (recipe.fixed and size != recipe.size) or size < 24:
-        raise UsageError(f"network {name}: takes stamps of {recipe.size} pixels, not {size}; leave --size out")
+        raise UsageError(
+            f"network {name}: takes stamps of {recipe.size} pixels, not {size}; leave size out of the settings"
+        )
     body, width = recipe.body(size)
     return StampNet(body, width, outputs, features=features)
 

@@ -125,7 +125,7 @@ def wanted_input(settings: TrainSettings) -> InputCard:
     if settings.normalisation not in ("", recipe.normalisation) and recipe.scales != SCALES[0]:
         raise UsageError(
             f"network {settings.network}: looks at scales {recipe.scales} of stamps prepared by "
-            f"{recipe.normalisation}, not {settings.normalisation}; leave --normalisation out, or take vgg6"
+            f"{recipe.normalisation}, not {settings.normalisation}; leave that setting out, or take vgg6"
         )
     return InputCard(
         size=settings.size or recipe.size,

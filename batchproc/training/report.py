@@ -72,6 +72,7 @@ def measure(
         "n_real": int(real.sum()),
         "n_bogus": int((~real).sum()),
         "n_not_scored": n_unscored,
+        "n_groups": len(real) if groups is None else len(np.unique(groups)),
         "prevalence": 0.5,
         "threshold": threshold,
         "intervals": f"95 %, bootstrap by {'region' if groups is not None else 'candidate'}",

@@ -125,9 +125,11 @@ def table(data: Path, seeds: range, labels: list[int], draws: int) -> str:
                 gained = "; ".join(f"{value:.3f} [{low:.3f}, {high:.3f}]" for _, value, low, high in each)
                 lines.append(f"| {told} | {n} | {before:.3f} | {after} | {gained.replace('-', '−')} |")
                 print(lines[-1], file=sys.stderr, flush=True)
-    held = int(held_out(whole).sum())
-    regions = whole.table["region"].nunique()
-    return "\n".join([*lines, "", f"{held} candidates of {len(whole)} are held out; there are {regions} regions."])
+    held = held_out(whole)
+    regions = whole.table["region"][held].nunique()
+    return "\n".join(
+        [*lines, "", f"{held.sum()} candidates of {len(whole)} are held out; they lie in {regions} regions."]
+    )
 
 
 def main() -> None:
