@@ -146,16 +146,20 @@ def bundled_model() -> str:
         )
         for name, q in card.quantisation.items()
     ]
-    learnt = card.training
+    learnt, wanted = card.training, card.input
+    twice = f", and {wanted.size} × {wanted.size} of twice their size around the same middle,"
+    views = f"{wanted.size} × {wanted.size} pixels{twice if len(wanted.scales) > 1 else ''} of "
+    taught = f" ({learnt['n_taught']:,} of these)" if "n_taught" in learnt else ""
     return page(
         f"The bundled model: {card.name} {card.version}",
         "batchproc/models/realbogus/card.toml",
         card.description,
-        f"It sees {card.input.size} × {card.input.size} pixels of {', '.join(card.input.channels)}, normalised by "
-        f"`{card.input.normalisation}`, has {learnt['parameters']:,} parameters, and learnt from "
-        f"{learnt['n_train']['real']:,} real and {learnt['n_train']['bogus']:,} bogus candidates: {learnt['data']}. "
-        "[Why so](decisions/010-model-learns-from-this-pipeline.md).",
-        "Stamps, network and every figure below, in half an hour of two cores (extra `train`):",
+        f"It sees {views}{', '.join(wanted.channels)}, normalised by `{wanted.normalisation}`, has "
+        f"{learnt['parameters']:,} parameters, and learnt from {learnt['n_train']['real']:,} real and "
+        f"{learnt['n_train']['bogus']:,} bogus candidates: {learnt['data']}{taught}. Why so: "
+        "[what it learns from](decisions/010-model-learns-from-this-pipeline.md), "
+        "[two scales and a teacher](decisions/025-two-scales-and-a-teacher.md).",
+        "Stamps, network and every figure below, in two hours of two cores (extra `train`):",
         "```console\n$ python -m batchproc.training.realbogus --data DIR --out realbogus --threads 2\n```",
         "## What it is worth",
         "On images and regions that were not learnt from. AUC-PR is for real : bogus of 1 : 1; real ones are planted "
@@ -171,7 +175,9 @@ def bundled_model() -> str:
         ),
         "GOTO's pair is one field, into which transients are planted in several rounds: its artefacts come more than "
         "once, and its regions are few. No network has learnt from its images or from ZTF's alerts; but what networks "
-        "learn from was chosen after looking at what earlier ones got wrong there, so neither is quite unseen.",
+        "learn from was chosen after looking at what earlier ones got wrong there, so neither is quite unseen. And "
+        "`drb` is braai's answer to an alert, as what this network learnt besides were braai's to other stamps: that "
+        "line says how much of braai's judgement it has, not how often that is right.",
         "## In 8 bits",
         "Against float, on validation stamps that were not calibrated on; *lost* and *gained* at the card's threshold "
         f"of {card.threshold}. The default is `{card.default_variant}`.",

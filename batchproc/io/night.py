@@ -42,7 +42,16 @@ MJD = 60676.1
 _REF_MARGIN = 24  # the reference reaches this much further on each side
 
 #: What an ordinary image of the night shows; seeing, sky and transparency change from exposure to exposure.
-ORDINARY = Scene(n_stars=700, psf_variation=0.06, cosmic_rays=15, hot_pixels=2, bad_columns=1, registration_jitter=0.03)
+ORDINARY = Scene(
+    theta=0.0,
+    flux_ratio=1.0,
+    n_stars=700,
+    psf_variation=0.06,
+    cosmic_rays=15,
+    hot_pixels=2,
+    bad_columns=1,
+    registration_jitter=0.03,
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ def simulate_night(
     broken : bool
         Add two images that cannot be processed: one truncated, one all NaN.
     scene : Scene, optional
-        What an ordinary image shows.
+        What an ordinary image shows; the weather of each exposure comes on top.
 
     Returns
     -------
@@ -120,11 +129,11 @@ def _simulate_frame(ordinary: Scene, shape: tuple[int, int], exposure: int, ccd:
     scene = replace(
         ordinary,
         fwhm_new=ordinary.fwhm_new * weather.uniform(0.9, 1.2),
-        axis_ratio=weather.uniform(0.88, 1.0),
-        theta=weather.uniform(0, 180),
+        axis_ratio=ordinary.axis_ratio * weather.uniform(0.88, 1.0),
+        theta=ordinary.theta + weather.uniform(0, 180),
         sky_new=ordinary.sky_new * weather.uniform(0.8, 1.5),
-        sky_slope=weather.uniform(-0.05, 0.05),
-        flux_ratio=weather.uniform(0.8, 1.1),
+        sky_slope=ordinary.sky_slope + weather.uniform(-0.05, 0.05),
+        flux_ratio=ordinary.flux_ratio * weather.uniform(0.8, 1.1),
         satellite_trail=4.0 if (exposure, ccd) == (1, 1) else 0.0,
     )
     rng = np.random.default_rng([seed, exposure, ccd])

@@ -7,8 +7,9 @@ told: alone, on galaxies, on stars (which then vary), and into the reference (th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import median_filter
 from scipy.spatial import cKDTree
 
+from batchproc.errors import ExposureError
 from batchproc.imaging.background import measure_background
 from batchproc.imaging.simulate import Scene, make_epoch, transform_wcs
 from batchproc.imaging.stars import find_stars
@@ -27,8 +29,19 @@ from batchproc.io.night import simulate_night
 from batchproc.records import Exposure, MaskBit
 from batchproc.training.planting import ToRef, plant
 
-__all__ = ["COADD_SPLIT", "Case", "coadd_cases", "coadd_region", "draw_scene", "pair_cases", "simulated_cases"]
+__all__ = [
+    "COADD_SPLIT",
+    "Case",
+    "coadd_cases",
+    "coadd_region",
+    "draw_scene",
+    "draw_survey_scene",
+    "pair_cases",
+    "simulated_cases",
+]
 
+#: Light of the brightest star in a reference's exposure, electrons: it saturates some 50 pixels.
+_BRIGHTEST = 5e6
 #: Part of the data → columns and rows of the coadd's 4 × 4 regions. What is tested on is on no image learnt from.
 COADD_SPLIT: dict[str, tuple[tuple[int, int], ...]] = {
     "train": tuple((i, j) for i in range(3) for j in range(4) if (i, j) not in ((2, 0), (2, 3))),
@@ -77,15 +90,13 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     Three nights in ten are those of a small, wide telescope in the Milky Way: few pixels a star, many stars, and a
     reference much deeper than new.
     """
-
-    def log_uniform(low: float, high: float) -> float:
-        return float(np.exp(rng.uniform(np.log(low), np.log(high))))
-
+    log_uniform = partial(_log_uniform, rng)
     wide = rng.uniform() < 0.3
     fwhm = log_uniform(1.5, 2.6) if wide else log_uniform(1.6, 5.5)
     # Long stars in one image are the guiding's doing, in both the optics'.
     axis_ratio = rng.choice([rng.uniform(0.85, 1.0), rng.uniform(0.35, 1.0)])
     alike = rng.uniform() < 0.7
+    ratio = log_uniform(0.1, 0.6) if wide else log_uniform(0.2, 1.5)
     return Scene(
         fwhm_new=fwhm,
         fwhm_ref=max(1.5, fwhm * rng.uniform(0.7, 1.1)),
@@ -99,8 +110,9 @@ def draw_scene(rng: np.random.Generator) -> Scene:
         sky_slope=rng.uniform(-0.2, 0.2),
         read_noise=rng.uniform(3, 12),
         depth=int(rng.choice([10, 30] if wide else [1, 4, 10, 30])),
-        flux_ratio=log_uniform(0.1, 0.6) if wide else log_uniform(0.2, 1.5),
+        flux_ratio=ratio,
         n_stars=int(log_uniform(2500, 12000) if wide else log_uniform(300, 5000)),
+        star_flux=(500.0, _BRIGHTEST * min(1.0, ratio)),
         n_galaxies=int(log_uniform(30, 250)),
         registration_jitter=log_uniform(0.01, 0.2),
         cosmic_rays=int(rng.uniform(5, 40)),
@@ -109,17 +121,52 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     )
 
 
-def simulated_cases(seed: int, *, n_images: int = 2, size: int = 768) -> Iterator[Case]:
-    """The images of one simulated night, through files, as surveys deliver them."""
+def draw_survey_scene(rng: np.random.Generator) -> Scene:
+    """A night of a survey with a pixel of an arcsecond and stacked references: clear or, two in five, through clouds.
+
+    These take two to five magnitudes of the light of new: of most of what the reference shows nothing is left.
+    """
+    log_uniform = partial(_log_uniform, rng)
+    scene = draw_scene(rng)
+    fwhm, ratio = log_uniform(1.5, 3.2), log_uniform(0.1, 1.2)
+    through_clouds = log_uniform(0.01, 0.16) if rng.uniform() < 0.4 else 1.0
+    return replace(
+        scene,
+        fwhm_new=fwhm,
+        fwhm_ref=max(1.5, fwhm * rng.uniform(0.7, 1.1)),
+        axis_ratio=rng.uniform(0.85, 1.0),
+        axis_ratio_ref=rng.uniform(0.9, 1.0),
+        sky_new=log_uniform(100, 1500),
+        sky_ref=log_uniform(100, 1500),
+        depth=int(rng.choice([15, 30])),
+        flux_ratio=ratio * through_clouds,
+        n_stars=int(log_uniform(300, 8000)),
+        star_flux=(log_uniform(50, 2000) * through_clouds, _BRIGHTEST * min(1.0, ratio) * through_clouds),
+    )
+
+
+def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+
+
+def simulated_cases(
+    seed: int,
+    *,
+    n_images: int = 2,
+    size: int = 768,
+    draw: Callable[[np.random.Generator], Scene] = draw_scene,
+) -> Iterator[Case]:
+    """The images of one simulated night, through files, as surveys deliver them; but for those without a star."""
     rng = np.random.default_rng([seed, 1])
     with TemporaryDirectory() as folder:
-        manifest = simulate_night(
-            folder, n_images=n_images, size=size, seed=seed, n_transients=0, scene=draw_scene(rng)
-        )
+        manifest = simulate_night(folder, n_images=n_images, size=size, seed=seed, n_transients=0, scene=draw(rng))
         for entry in read_manifest(manifest):
             new, ref = read_new(entry), read_refs(entry)[0]
             careless = bool(rng.uniform() < CARELESS)
-            new, ref, truth = plant(new, ref, _by_wcs(new, ref), rng, n=60, defects=True, careless=careless)
+            try:
+                new, ref, truth = plant(new, ref, _by_wcs(new, ref), rng, n=60, defects=True, careless=careless)
+            except ExposureError:
+                continue
             yield Case(f"night{seed}-{entry.image_id}", f"night{seed}", new, (ref,), truth, careless=careless)
 
 

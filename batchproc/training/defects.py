@@ -49,12 +49,14 @@ def clip_bright(exposure: Exposure, rng: np.random.Generator) -> tuple[Exposure,
     Returns
     -------
     exposure : Exposure
-        A copy; its mask tells nothing of it.
+        A copy, whose mask tells nothing of it; where there is no star, it itself.
     altered : ndarray (ny, nx) bool
         Pixels that were cut.
     """
     sky = measure_background(exposure.data, exposure.mask != 0)
     stars = find_stars(exposure.data - sky.level, sky.rms, exposure.mask, saturation=exposure.saturation).table
+    if not len(stars):
+        return exposure, np.zeros(exposure.shape, np.bool_)
     light = exposure.data - sky.level
     level = float(np.quantile(stars["peak"], rng.uniform(0.67, 0.98)))
     dark = level * rng.uniform(1.1, 3.0) if rng.uniform() < 0.5 else np.inf

@@ -55,11 +55,15 @@ class Labelled:
         Whether it is real; of several classes, the number of the class.
     features : ndarray (n, k) float32, optional
         As they are in the catalogue.
+    answer : ndarray (n,) float32, optional
+        Where it is not NaN, the probability to learn in place of the truth: what another network answers. Such stamps
+        are not swapped, for to that the answer might be another. An epoch takes at most as many of them as of the rest.
     """
 
     tensor: Tensors
     truth: NDArray[Any]
     features: NDArray[np.float32] | None = None
+    answer: NDArray[np.float32] | None = None
 
 
 @dataclass
@@ -118,10 +122,12 @@ def fit(
     """
     random = torch.Generator().manual_seed(config.seed)
     torch.manual_seed(config.seed)  # dropout draws from the global one
+    net.to(memory_format=torch.channels_last)  # convolutions are a sixth faster so
     batch = min(config.batch, max(16, len(train.truth) // 8))
-    steps = max(1, len(train.truth) // batch)
+    known = np.ones(len(train.truth), np.bool_) if train.answer is None else np.isnan(train.answer)
+    steps = max(1, len(_order(train.truth, known, config.balance, random)) // batch)
     optimiser, schedule = _optimiser(net, head, config, config.epochs * steps)
-    weights = _class_weights(train.truth) if config.balance == "weights" else None
+    weights = _class_weights(train.truth[known]) if config.balance == "weights" and known.any() else None
     valid_weights = None if config.balance == "none" else _class_weights(valid.truth)
     history, best = History(), copy.deepcopy(net.state_dict())
     least = np.inf if head is None else _validated(net, valid, valid_weights)[0]
@@ -131,11 +137,11 @@ def fit(
             net.train()
             _thaw(net, head, whole=not config.freeze and epoch >= config.head_epochs)
             losses = []
-            order = _order(train.truth, config.balance, random)
+            order = _order(train.truth, known, config.balance, random)
             for k in range(steps):
                 rows = order[k * batch : (k + 1) * batch].numpy()
                 logits = _call(net, *_augmented(train, rows, config, random))
-                loss = _loss(logits, train.truth[rows], weights)
+                loss = _loss(logits, train.truth[rows], weights, None if train.answer is None else train.answer[rows])
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
@@ -241,12 +247,18 @@ def _thaw(net: nn.Module, head: nn.Module | None, *, whole: bool) -> None:
     head.requires_grad_(True)
 
 
-def _order(truth: NDArray[Any], balance: str, random: torch.Generator) -> torch.Tensor:
-    """Rows of an epoch: all in random order, or as many, drawn so that classes are equally common."""
-    if balance != "sampling":
-        return torch.randperm(len(truth), generator=random)
-    weight = torch.from_numpy(_class_weights(truth)[truth.astype(np.intp)])
-    return torch.multinomial(weight, len(truth), replacement=True, generator=random)
+def _order(truth: NDArray[Any], known: NDArray[np.bool_], balance: str, random: torch.Generator) -> torch.Tensor:
+    """Rows of an epoch, in random order: those of which the truth is known, and at most as many of the others.
+
+    Of the known, all; or with "sampling" as many, drawn so that classes are equally common. With none, all the others.
+    """
+    rows, others = (torch.from_numpy(np.flatnonzero(which)) for which in (known, ~known))
+    if balance == "sampling" and len(rows):
+        weight = torch.from_numpy(_class_weights(truth[known])[truth[known].astype(np.intp)])
+        rows = rows[torch.multinomial(weight, len(rows), replacement=True, generator=random)]
+    drawn = others[torch.randperm(len(others), generator=random)[: len(rows) or None]]
+    both = torch.cat([rows, drawn])
+    return both[torch.randperm(len(both), generator=random)]
 
 
 def _augmented(
@@ -256,24 +268,40 @@ def _augmented(
     if config.augment:
         stamps = dihedral(stamps, int(torch.randint(8, (1,), generator=random)))
     if config.swap and examples.truth.dtype == np.bool_:
-        stamps = swap_epochs(stamps, torch.rand(len(rows), generator=random) < 0.5)
+        swapped = torch.rand(len(rows), generator=random) < 0.5
+        if examples.answer is not None:
+            swapped &= torch.from_numpy(np.isnan(examples.answer[rows]))
+        stamps = swap_epochs(stamps, swapped)
     return stamps, None if examples.features is None else torch.from_numpy(examples.features[rows])
 
 
 def _class_weights(truth: NDArray[Any]) -> NDArray[np.float32]:
     """Of each class: the mean over all examples is 1, and the sum over a class is the same for every class."""
-    counts = np.bincount(truth.astype(np.intp))
+    counts = np.bincount(truth.astype(np.intp), minlength=2)
     with np.errstate(divide="ignore"):
         weights = np.where(counts > 0, len(truth) / (np.count_nonzero(counts) * counts), 0.0)
     return weights.astype(np.float32)
 
 
-def _loss(logits: torch.Tensor, truth: NDArray[Any], weights: NDArray[np.float32] | None) -> torch.Tensor:
-    """Mean cross entropy; of one column of logits, of true against false."""
+def _loss(
+    logits: torch.Tensor,
+    truth: NDArray[Any],
+    weights: NDArray[np.float32] | None,
+    answer: NDArray[np.float32] | None = None,
+) -> torch.Tensor:
+    """Mean cross entropy; of one column of logits, of true against false, or against the answers that there are.
+
+    What is answered weighs 1, of whatever class: it comes as often as it is.
+    """
     number = truth.astype(np.int64)
-    weight = None if weights is None else torch.from_numpy(weights[number])
+    weighted = None if weights is None else weights[number]
+    wanted = number.astype(np.float32)
+    if answer is not None:
+        wanted = np.where(np.isnan(answer), wanted, answer)
+        weighted = None if weighted is None else np.where(np.isnan(answer), weighted, np.float32(1.0))
+    weight = None if weighted is None else torch.from_numpy(weighted)
     if logits.shape[1] == 1:
-        target = torch.from_numpy(number.astype(np.float32))
+        target = torch.from_numpy(wanted)
         return nn.functional.binary_cross_entropy_with_logits(logits[:, 0], target, weight=weight)
     each = nn.functional.cross_entropy(logits, torch.from_numpy(number), reduction="none")
     return (each if weight is None else each * weight).mean()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,9 +17,13 @@ from batchproc.learning.classes import class_numbers
 from batchproc.learning.inputs import CHANNELS, SCALES, SIGNS
 from batchproc.training.examples import BOGUS, REAL, Examples
 from batchproc.training.settings import TrainSettings
+from batchproc.training.taught import Taught
 from batchproc.training.train import Learnt
 
-__all__ = ["Normalised", "check_torch", "learn", "wanted_input"]
+if TYPE_CHECKING:
+    from batchproc.training.fit import Tensors
+
+__all__ = ["Joined", "Normalised", "check_torch", "learn", "wanted_input"]
 
 #: Stamps prepared at a time where all are looked at.
 _CHUNK = 4096
@@ -46,6 +50,31 @@ class Normalised:
         return self._card.prepare(self._stamps[self._rows[rows]])[0]
 
 
+class Joined:
+    """Tensors of one after those of another.
+
+    Parameters
+    ----------
+    first, second : Tensors
+        Of the same shape but for their number.
+    """
+
+    def __init__(self, first: Tensors, second: Tensors) -> None:
+        self._parts = first, second
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def __getitem__(self, rows: Any) -> NDArray[np.float32]:
+        numbers = np.arange(len(self))[rows]
+        first, second = self._parts
+        later = numbers >= len(first)
+        one, other = first[numbers[~later]], second[numbers[later] - len(first)]
+        out = np.empty((len(numbers), *one.shape[1:]), np.float32)
+        out[~later], out[later] = one, other
+        return out
+
+
 def learn(
     train: Examples,
     valid: Examples,
@@ -54,13 +83,18 @@ def learn(
     folder: Path,
     settings: TrainSettings,
     quiet: bool,
+    taught: Taught | None = None,
 ) -> Learnt:
     """Fit a network (a `Learner`).
+
+    With `taught`, of one class, it learns besides to answer as another does; its tensors must be as those that this
+    network takes.
 
     Raises
     ------
     UsageError
-        PyTorch is not installed; no such network, or not with that normalisation; too few stamps that can be scored.
+        PyTorch is not installed; no such network, or not with that normalisation; too few stamps that can be scored;
+        answers that are not for such a network.
     ModelError
         A base that cannot be continued from.
     """
@@ -80,6 +114,13 @@ def learn(
         net = new_network(settings.network, card.size, outputs, _features(train, card, _usable(train, card)))
         notes = {"network": settings.network}
     known, apart = _labelled("train", train, card, classes), _labelled("valid", valid, card, classes)
+    if taught is not None:
+        if outputs > 1 or card.features or taught.tensor.shape[1:] != (card.depth, card.size, card.size):
+            raise UsageError(
+                f"answers to tensors {taught.tensor.shape[1:]} are for a network of one class without features that "
+                f"takes such; this one has {outputs} and takes {(card.depth, card.size, card.size)}"
+            )
+        known = _with_answers(known, taught)
     # What is swapped is the first two channels; features are of the epochs as they were, and would contradict them. So
     # would a difference that has been turned round, or a sky by the noise of new.
     swaps = card.channels == CHANNELS and not card.features and card.sign == SIGNS[0] and not card.sky
@@ -163,6 +204,17 @@ def _labelled(name: str, examples: Examples, card: InputCard, classes: Sequence[
         )
     truth = label == REAL if len(classes) == 1 else class_numbers(label, classes)
     return Labelled(Normalised(examples.stamps, card, rows), truth, _features(examples, card, rows))
+
+
+def _with_answers(known: Any, taught: Taught) -> Any:
+    """What is known, and what another network answers."""
+    unknown = np.full(len(known.truth), np.nan, np.float32)
+    return replace(
+        known,
+        tensor=Joined(known.tensor, taught.tensor),
+        truth=np.concatenate([known.truth, taught.score >= 0.5]),
+        answer=np.concatenate([unknown, taught.score]),
+    )
 
 
 def _usable(examples: Examples, card: InputCard) -> NDArray[np.intp]:

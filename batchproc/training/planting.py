@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter
 from scipy.spatial import cKDTree
 
+from batchproc.errors import ExposureError
 from batchproc.imaging.background import measure_background
 from batchproc.imaging.moments import fwhm_of, measure_moments
 from batchproc.imaging.render import ParametricPsf
@@ -193,8 +194,13 @@ class LocalPsf:
 
 
 def own_psf(data: NDArray, rms: NDArray, exposure: Exposure, rng: np.random.Generator) -> LocalPsf:
-    """Moffat profiles of the size and elongation of the image's stars, a few per cent off; no fit to any star."""
+    """Moffat profiles of the size and elongation of the image's stars, a few per cent off; no fit to any star.
+
+    Raises `ExposureError` where there is none.
+    """
     table = find_stars(data, rms, exposure.mask, saturation=exposure.saturation).table
+    if not len(table):
+        raise ExposureError(f"{exposure.meta.get('path')}: no star from which to tell how wide what is planted must be")
     trace = (table["xx"] + table["yy"]) / 2
     shapes = np.column_stack(
         [table["fwhm"], (table["xx"] - table["yy"]) / 2 / trace, table["xy"] / trace],

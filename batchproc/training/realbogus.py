@@ -2,12 +2,14 @@
 
 1. Stamps: the pipeline itself runs on simulated nights and on science images made from a real coadd, with a low
    threshold; what it finds is labelled by what was planted (`cases`, `harvest`).
-2. A small network is fitted to them (`network`, `neural`), stopped by nights and regions that it does not learn from.
-3. It is written as ONNX in float and in int8, measured on images that neither step has seen (`report`), and the faster
+2. Variations of stamps of other simulated nights, those of a survey as ZTF is, are shown to braai (`taught`).
+3. A small network is fitted to all of them (`network`, `neural`), to the truth of the first and the answers to the
+   second; nights and regions that it does not learn from tell which epoch is kept.
+4. It is written as ONNX in float and in int8, measured on images that no step has seen (`report`), and the faster
    of the two, if as accurate, becomes the default. All of that goes on the card.
 
-``DATA`` holds ``images/decam_coadd`` (learnt from, by regions) and, if there, ``images/goto`` and
-``alerts/ztf_triplets.npz``, which are only ever tested on.
+``DATA`` holds ``images/decam_coadd`` (learnt from, by regions), ``models/d6_m7.h5`` (braai's weights) and, if there,
+``images/goto`` and ``alerts/ztf_triplets.npz``, which are only ever tested on.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain, starmap
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -27,28 +30,32 @@ from numpy.typing import NDArray
 
 from batchproc import __version__
 from batchproc.config import Config
-from batchproc.errors import ExposureError
+from batchproc.errors import ExposureError, UsageError
+from batchproc.io.braai import write_braai
 from batchproc.io.cards import CARD, ModelCard, read_card
 from batchproc.io.images import read_image
 from batchproc.io.models import Model, file_hash, load_model
 from batchproc.io.quantise import quantise_model
 from batchproc.learning.evaluate import auc_pr, bogus_removed, threshold_for_completeness
-from batchproc.training.cases import Case, coadd_cases, pair_cases, simulated_cases
+from batchproc.training.cases import Case, coadd_cases, draw_survey_scene, pair_cases, simulated_cases
 from batchproc.training.examples import REAL, Examples
 from batchproc.training.harvest import harvest
-from batchproc.training.neural import learn
+from batchproc.training.neural import learn, wanted_input
 from batchproc.training.report import measure
 from batchproc.training.settings import TrainSettings
+from batchproc.training.taught import Taught, teach
+from batchproc.training.train import Learnt
 
-VERSION = "2.0"
+VERSION = "3.0"
 THRESHOLD_SIGMA = 3.75  # of the search that stamps are taken from
 
 #: Settings of the pipeline, and those that a `Case` has besides that is careless.
-SEARCH: dict[str, Any] = {"detect": {"threshold": THRESHOLD_SIGMA}, "cutouts": {"size": 39}}
+SEARCH: dict[str, Any] = {"detect": {"threshold": THRESHOLD_SIGMA}, "cutouts": {"size": 63}}
 CARELESS: dict[str, Any] = {"subtract": {"source_noise": False, "star_residuals": False}, "align": {"refine": False}}
 
 #: Part → seeds of simulated nights, and of rounds over the coadd's regions of that part.
 NIGHTS = {"train": range(1000, 1150), "valid": range(2000, 2012), "test": range(3000, 3012)}
+SURVEY_NIGHTS, ASKED = range(8000, 8140), 300_000  # what braai is shown: nights, variations of their stamps
 ROUNDS = {"train": range(100, 112), "valid": range(200, 206), "test": range(300, 306)}
 GOTO_SEEDS = range(8)
 #: Parts → what a card says they are.
@@ -57,7 +64,7 @@ MEASURED_ON = {
     "decam-test": "DECam coadd, regions held out",
     "goto-test": "GOTO pair, both directions; no image of GOTO was learnt from",
 }
-SETTINGS = TrainSettings(epochs=36, batch=256, learning_rate=3e-3)
+SETTINGS = TrainSettings(network="two-scales", epochs=52, patience=52, batch=256, learning_rate=3e-3)
 
 
 # --- Stamps -----------------------------------------------------------------------------------------------------------
@@ -65,7 +72,6 @@ SETTINGS = TrainSettings(epochs=36, batch=256, learning_rate=3e-3)
 
 def harvest_all(data: Path, cache: Path) -> dict[str, Examples]:
     """Every part's examples, from the cache where they are there already."""
-    cache.mkdir(parents=True, exist_ok=True)
     return {name: _cached(cache / f"{name}.npz", cases) for name, cases in _parts(data).items()}
 
 
@@ -84,14 +90,14 @@ def _parts(data: Path) -> dict[str, Iterator[Case]]:
     return parts
 
 
-def _cached(path: Path, cases: Iterator[Case]) -> Examples:
+def _cached(path: Path, cases: Iterator[Case], **how: int) -> Examples:
     """The stored examples of a part; each case is stored by itself until all are done."""
     if not path.exists():
         parts = path.with_suffix("")
         parts.mkdir(exist_ok=True)
         for number, case in enumerate(cases):
             try:
-                found = harvest(case, _config(case))
+                found = harvest(case, _config(case), **how)
             except ExposureError as error:
                 print(f"{case.name}: left out: {error}", flush=True)
                 continue
@@ -99,7 +105,24 @@ def _cached(path: Path, cases: Iterator[Case]) -> Examples:
             print(f"{case.name}: {found.counts()}", flush=True)
         Examples.join(map(Examples.load, sorted(parts.glob("*.npz")))).save(path)
         shutil.rmtree(parts)
-    return Examples.load(path)
+    found = Examples.load(path)
+    wanted = SEARCH["cutouts"]["size"]
+    if found.stamps.shape[-1] != wanted:
+        raise UsageError(f"{path}: stamps of {found.stamps.shape[-1]} pixels, and {wanted} are wanted: remove it")
+    return found
+
+
+def harvest_taught(data: Path, cache: Path) -> Taught:
+    """What braai answers to variations of stamps of simulated nights, from the cache where it is there already."""
+    path = cache / "taught.npz"
+    if not path.exists():
+        with TemporaryDirectory() as folder:
+            write_braai(data / "models/d6_m7.h5", Path(folder))
+            nights = partial(simulated_cases, draw=draw_survey_scene)
+            found = _cached(cache / "survey-train.npz", chain.from_iterable(map(nights, SURVEY_NIGHTS)), noise=40)
+            scorr = found.table["scorr"].to_numpy()
+            teach(load_model(folder), wanted_input(SETTINGS), found.stamps, scorr, ASKED, seed=1).save(path)
+    return Taught.load(path)
 
 
 def _config(case: Case) -> Config:
@@ -109,39 +132,19 @@ def _config(case: Case) -> Config:
 # --- The network ------------------------------------------------------------------------------------------------------
 
 
-def train(parts: dict[str, Examples], out: Path, settings: TrainSettings) -> None:
-    """Fit on the training nights and regions, the validation ones decide when to stop; a card without metrics yet."""
+def train(parts: dict[str, Examples], taught: Taught, out: Path, settings: TrainSettings) -> None:
+    """Fit on the training nights and regions and on what was taught; the validation ones tell which epoch is kept.
+
+    The card is without metrics yet. Parts that are learnt from are taken out of `parts`: gigabytes, not to be there
+    twice.
+    """
     both = {
-        name: Examples.join(parts[f"{kind}-{name}"] for kind in ("simulated", "decam")) for name in ("train", "valid")
+        name: Examples.join(parts.pop(f"{kind}-{name}") for kind in ("simulated", "decam"))
+        for name in ("train", "valid")
     }
     out.mkdir(parents=True, exist_ok=True)
-    learnt = learn(both["train"], both["valid"], classes=(REAL,), folder=out, settings=settings, quiet=False)
-    counts = both["train"].counts()
-    card = ModelCard(
-        name="realbogus",
-        version=VERSION,
-        description=(
-            "Real or bogus, from a stamp of new, reference and difference: a small convolutional network. Its score is "
-            "the probability of being real if as many real as bogus ones come in (1:1)."
-        ),
-        licence="BSD-3-Clause",
-        threshold=0.5,
-        default_variant="float",
-        input=learnt.input,
-        files={"float": {"path": "model.onnx", "sha256": file_hash(out / "model.onnx")}},
-        meant_for={"fwhm_pix": [1.6, 6.5], "pixel_scale_arcsec": [0.2, 1.3], "sigma_at_least": 5.0},
-        training={
-            "data": "simulated nights and science images made from regions of a DECam g coadd, through this pipeline",
-            "made_with": f"batchproc {__version__}",
-            "search_threshold_sigma": THRESHOLD_SIGMA,
-            "n_train": counts,
-            **learnt.notes,
-            **{
-                f"fit_{name}": getattr(settings, name)
-                for name in ("batch", "learning_rate", "weight_decay", "seed", "swap")
-            },
-        },
-    )
+    learnt = learn(**both, classes=(REAL,), folder=out, settings=settings, quiet=False, taught=taught)
+    card = _card(learnt, out, both["train"].counts(), len(taught), settings)
     (out / CARD).write_text(card.to_toml())
     valid = both["valid"]
     scores = load_model(out).predict(valid.stamps)
@@ -149,6 +152,36 @@ def train(parts: dict[str, Examples], out: Path, settings: TrainSettings) -> Non
     threshold = threshold_for_completeness(valid.label[scored] == REAL, scores[scored], 0.99)
     (out / CARD).write_text(replace(card, threshold=float(np.floor(threshold * 1000) / 1000)).to_toml())
     quantise_model(out, valid.stamps, formats=("onnx", "tflite", "edgetpu"), labels=valid.label)
+
+
+def _card(learnt: Learnt, folder: Path, n_train: dict[str, int], n_taught: int, settings: TrainSettings) -> ModelCard:
+    return ModelCard(
+        name="realbogus",
+        version=VERSION,
+        description=(
+            "Real or bogus, from a stamp of new, reference and difference: a small convolutional network. Its score is "
+            "about the probability of being real if as many real as bogus ones come in (1:1)."
+        ),
+        licence="BSD-3-Clause",
+        threshold=0.5,
+        default_variant="float",
+        input=learnt.input,
+        files={"float": {"path": "model.onnx", "sha256": file_hash(folder / "model.onnx")}},
+        meant_for={"fwhm_pix": [1.6, 6.5], "pixel_scale_arcsec": [0.2, 1.3], "sigma_at_least": 5.0},
+        training={
+            "data": "simulated nights and science images made from regions of a DECam g coadd, through this pipeline; "
+            "and what ZTF's network braai d6_m7 answers to variations of simulated stamps",
+            "made_with": f"batchproc {__version__}",
+            "search_threshold_sigma": THRESHOLD_SIGMA,
+            "n_train": n_train,
+            "n_taught": n_taught,
+            **learnt.notes,
+            **{
+                f"fit_{name}": getattr(settings, name)
+                for name in ("batch", "learning_rate", "weight_decay", "seed", "swap")
+            },
+        },
+    )
 
 
 # --- What it is worth -------------------------------------------------------------------------------------------------
@@ -190,7 +223,7 @@ def tables(model: Model, parts: dict[str, Examples], data: Path) -> list[dict[st
     if triplets.is_file():
         stamps, drb = ztf_triplets(triplets)
         rows = (drb > 0.9) | (drb < 0.5)
-        on, selection = "real ZTF alerts (not learnt from)", "drb above 0.9 against drb below 0.5"
+        on, selection = "real ZTF alerts (none learnt from)", "drb above 0.9 against drb below 0.5"
         scores = model.predict(stamps)
         table = measure(on, selection, drb[rows] > 0.9, scores[rows], threshold=model.threshold)
         out.append({"variant": model.variant, **table})
@@ -223,16 +256,22 @@ def main(arguments: list[str] | None = None) -> None:
     """Parse, then do the steps above."""
     parser = argparse.ArgumentParser(prog="python -m batchproc.training.realbogus", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--data", type=Path, required=True, help="folder with images/ and alerts/")
+    parser.add_argument("--data", type=Path, required=True, help="folder with images/, models/ and alerts/")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
     parser.add_argument("--cache", type=Path, default=Path("realbogus-stamps"), help="where the stamps are kept")
     parser.add_argument("--epochs", type=int, default=SETTINGS.epochs)
     parser.add_argument("--seed", type=int, default=SETTINGS.seed)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
+    options.cache.mkdir(parents=True, exist_ok=True)
+    settings = replace(
+        SETTINGS, epochs=options.epochs, patience=options.epochs, seed=options.seed, threads=options.threads
+    )
+    taught = harvest_taught(
+        options.data, options.cache
+    )  # before the parts are there, for it takes as much memory again
     parts = harvest_all(options.data, options.cache)
-    settings = replace(SETTINGS, epochs=options.epochs, seed=options.seed, threads=options.threads)
-    train(parts, options.out, settings)
+    train(parts, taught, options.out, settings)
     finish_card(options.out, parts, options.data)
 
 

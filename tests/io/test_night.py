@@ -6,7 +6,7 @@ import pytest
 from astropy.io import fits
 
 from batchproc.errors import ReadError
-from batchproc.imaging.simulate import Scene
+from batchproc.imaging.simulate import Scene, simulate_pair
 from batchproc.io.images import read_new, read_refs
 from batchproc.io.manifest import read_manifest
 from batchproc.io.night import simulate_night
@@ -62,7 +62,7 @@ def test_truth_has_the_sky_position_of_its_pixel(night, entries):
 def quiet(tmp_path_factory):
     """A night of lonely bright stars and transients, without galaxies or artefacts."""
     folder = tmp_path_factory.mktemp("quiet")
-    scene = Scene(n_stars=60, n_galaxies=0, star_flux=(1e5, 2e5), transient_snr=(150, 300))
+    scene = Scene(flux_ratio=1.0, n_stars=60, n_galaxies=0, star_flux=(1e5, 2e5), transient_snr=(150, 300))
     simulate_night(folder, n_images=1, size=300, seed=1, n_transients=10, scene=scene)
     return folder
 
@@ -86,6 +86,26 @@ def test_both_images_show_the_same_sky(quiet):
     assert (found_x - xr, found_y - yr) == pytest.approx((-0.25, 0.15), abs=0.08)
     # Four exposures of that transparency.
     assert 4 / 1.1 * 0.95 < flux_ref / flux < 4 / 0.8 * 1.05
+
+
+def test_the_weather_comes_on_top_of_what_is_asked_for(tmp_path, monkeypatch):
+    """A night through clouds of two magnitudes, with long stars and a sloping sky, has these in every exposure."""
+    asked = Scene(flux_ratio=0.16, axis_ratio=0.5, theta=90.0, sky_slope=0.5, sky_new=2000.0, n_stars=20, n_galaxies=0)
+    seen = []
+
+    def spy(*args, scene, **others):
+        seen.append(scene)
+        return simulate_pair(*args, scene=scene, **others)
+
+    monkeypatch.setattr("batchproc.io.night.simulate_pair", spy)
+    simulate_night(tmp_path / "night", n_images=5, size=128, n_transients=1, scene=asked)
+    assert len({scene.flux_ratio for scene in seen}) == 3  # exposures
+    for scene in seen:
+        assert 0.8 <= scene.flux_ratio / 0.16 <= 1.1
+        assert 0.88 <= scene.axis_ratio / 0.5 <= 1.0
+        assert 0 <= scene.theta - 90 <= 180
+        assert abs(scene.sky_slope - 0.5) <= 0.05
+        assert 0.8 <= scene.sky_new / 2000 <= 1.5
 
 
 def test_a_flux_of_the_truth_is_in_the_image(quiet):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from batchproc.errors import ModelError, UsageError
@@ -13,6 +14,7 @@ from batchproc.io.model_checks import check_model
 from batchproc.io.models import file_hash, load_model
 from batchproc.io.quantise import agreement, quantise_model
 from batchproc.learning.evaluate import auc_roc
+from batchproc.training.examples import Examples
 
 pytestmark = pytest.mark.train
 torch = pytest.importorskip("torch", reason="PyTorch is not installed (extra: train)")
@@ -180,6 +182,75 @@ def test_a_loss_that_is_no_number_ends_it(monkeypatch, good):
     assert (history.best_epoch, len(history.valid_loss)) == (0, 2)
     assert np.isnan(history.valid_auc_pr[1])
     assert all(p.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("balance", ["none", "weights", "sampling"])
+@pytest.mark.parametrize("n_known", [0, 300])
+def test_answers_are_learnt_in_place_of_the_truth(balance, n_known):
+    """Told the opposite by another network it learns the opposite, graded as it is told; of the others, the truth."""
+    from batchproc.training import fit
+
+    torch.manual_seed(0)
+    random = np.random.default_rng(0)
+    tensor = random.standard_normal((600 + n_known, 3, 1, 1)).astype(np.float32)
+    answered = np.arange(len(tensor)) >= n_known
+    tensor[:, 1, 0, 0] = np.where(answered, 2.0, -2.0)  # tells which is which
+    truth = tensor[:, 0, 0, 0] > 0
+    graded = np.where(truth, 0.2, 0.7).astype(np.float32)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
+    config = fit.FitConfig(epochs=40, batch=32, balance=balance, swap=False, augment=False, learning_rate=0.02)
+    taught = fit.Labelled(tensor, truth, answer=np.where(answered, graded, np.float32(np.nan)))
+    fit.fit(net, taught, fit.Labelled(tensor, np.where(answered, ~truth, truth)), config, progress=False)
+    score = 1 / (1 + np.exp(-fit.predict(net, tensor)))
+    for which in (truth, ~truth):
+        assert np.median(score[which & answered]) == pytest.approx(graded[which][0], abs=0.1)
+        if n_known:
+            assert np.median(score[which & ~answered]) == pytest.approx(float(truth[which][0]), abs=0.1)
+
+
+def test_answers_that_are_not_for_such_a_network_are_refused(tmp_path):
+    """Before anything is fitted."""
+    from batchproc.training.neural import learn
+    from batchproc.training.settings import TrainSettings
+    from batchproc.training.taught import Taught
+
+    stamps, label = np.random.default_rng(0).normal(size=(40, 3, 33, 33)).astype(np.float32), ["real", "bogus"] * 20
+    some = Examples(stamps, np.array(label), pd.DataFrame({"x": np.zeros(40)}))
+    taught = Taught(np.zeros((5, 6, 31, 31), np.float16), np.zeros(5, np.float32))
+    with pytest.raises(UsageError, match=r"answers to tensors \(6, 31, 31\) .* takes \(3, 31, 31\)"):
+        learn(some, some, classes=("real",), folder=tmp_path, settings=TrainSettings(), quiet=True, taught=taught)
+
+
+@pytest.mark.parametrize("balance", ["weights", "sampling"])
+@pytest.mark.parametrize(("n_known", "n_answered"), [(40, 100), (40, 20), (40, 0), (0, 40)])
+def test_an_epoch_has_all_that_is_known_and_as_many_answers(balance, n_known, n_answered):
+    """Not the same ones each time; and all the answers where there is nothing else."""
+    from batchproc.training.fit import _order
+
+    truth, known = np.arange(n_known + n_answered) % 3 == 0, np.arange(n_known + n_answered) < n_known
+    draws = torch.Generator().manual_seed(1)
+    seen = [_order(truth, known, balance, draws).numpy() for _ in range(2)]
+    for rows in seen:
+        answered = rows[rows >= n_known]
+        assert (rows < n_known).sum() == n_known
+        assert len(answered) == min(n_answered, n_known or n_answered)
+        assert len(set(answered)) == len(answered)
+        if balance == "weights":
+            assert len(set(rows)) == len(rows)
+    if n_answered > n_known > 0:
+        assert set(seen[0][seen[0] >= n_known]) != set(seen[1][seen[1] >= n_known])
+
+
+def test_what_is_known_and_what_is_answered_are_learnt_together():
+    """Rows of the second follow those of the first, in whatever order they are asked for."""
+    from batchproc.training.neural import Joined
+
+    first, second = (np.arange(n * 2, dtype=dtype).reshape(n, 2, 1, 1) for n, dtype in ((5, "f4"), (3, "f2")))
+    joined, whole = Joined(first, second), np.concatenate([first, second])
+    assert len(joined) == 8
+    for rows in (np.array([7, 0, 5, 4]), np.array([1]), np.array([6, 6]), slice(3, 7), slice(None)):
+        np.testing.assert_array_equal(joined[rows], whole[rows])
+        assert joined[rows].dtype == np.float32
 
 
 def test_epochs_are_swapped_at_every_scale():
