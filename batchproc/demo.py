@@ -48,9 +48,9 @@ class DemoResult:
             f"{self.truth.n_false} other detections, {self.truth.n_false_clean} of them unflagged",
         ]
         if self.summary.status.scores:
-            lines.append(
-                f"scored {REAL:g} or more: {table['real'].sum()} transients, {self.truth.n_false_real} other detections"
-            )
+            others = self.truth.n_false_real
+            told = f"{others} other detection{'s' * (others != 1)}"
+            lines.append(f"scored {REAL:g} or more: {table['real'].sum()} transients, {told}")
         steps = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.seconds.items())
         return "\n".join([*lines, f"seconds an image: {steps}"])
 
