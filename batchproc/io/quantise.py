@@ -114,11 +114,9 @@ class Agreement:
             f"largest difference {self.largest_difference:.3f}, mean {self.mean_difference:.4f} on {self.n_stamps} "
             f"stamps; {self.lost} lost and {self.gained} gained at the threshold"
         )
-        return (
-            told
-            if self.auc_pr is None
-            else f"{told}; AUC-PR at 1:1 {self.auc_pr:.4f}, in float {self.auc_pr_float:.4f}"
-        )
+        if self.auc_pr is None:
+            return told
+        return f"{told}; AUC-PR at 1:1 {self.auc_pr:.4f}, in float {self.auc_pr_float:.4f}"
 
 
 def agreement(

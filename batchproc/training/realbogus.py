@@ -267,9 +267,8 @@ def main(arguments: list[str] | None = None) -> None:
     settings = replace(
         SETTINGS, epochs=options.epochs, patience=options.epochs, seed=options.seed, threads=options.threads
     )
-    taught = harvest_taught(
-        options.data, options.cache
-    )  # before the parts are there, for it takes as much memory again
+    # Before the parts are there, for it takes as much memory again.
+    taught = harvest_taught(options.data, options.cache)
     parts = harvest_all(options.data, options.cache)
     train(parts, taught, options.out, settings)
     finish_card(options.out, parts, options.data)

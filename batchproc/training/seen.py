@@ -12,30 +12,34 @@ from batchproc.io.cards import LEARNT_FROM
 from batchproc.io.models import find_model
 from batchproc.training.splits import near_any
 
-__all__ = ["seen_by", "write_seen"]
+__all__ = ["record_of", "seen_by", "write_seen"]
 
 
 def write_seen(folder: Path, table: pd.DataFrame, base: str = "") -> None:
     """Write where the rows of a table lie, or what they are called, and the same of what the base had learnt from."""
     rows = [_places(table)]
-    if base and (before := find_model(base) / LEARNT_FROM).is_file():
+    if before := record_of(base):
         rows.append(pd.read_parquet(before))
     pd.concat(rows, ignore_index=True).drop_duplicates().to_parquet(folder / LEARNT_FROM, index=False)
 
 
 def seen_by(base: str, table: pd.DataFrame, same_arcsec: float) -> NDArray[np.bool_] | None:
-    """Which rows the base has learnt from, or something within `same_arcsec` of them; None where it does not say.
+    """Which rows the base has learnt from, or something within `same_arcsec` of them; None where nothing says it.
 
     Rows without a position are told by their ``id``.
     """
-    path = find_model(base) / LEARNT_FROM
-    if not path.is_file():
+    path = record_of(base)
+    if path is None:
         return None
     before, now = pd.read_parquet(path), _places(table)
-    there, here = (np.isfinite(t["ra"].to_numpy()) & np.isfinite(t["dec"].to_numpy()) for t in (before, now))
-    seen = (now["id"] != "").to_numpy() & now["id"].isin(before["id"]).to_numpy()
-    seen[here] |= near_any(now[["ra", "dec"]][here], before[["ra", "dec"]][there], same_arcsec)
-    return seen
+    named = (now["id"] != "").to_numpy() & now["id"].isin(before["id"]).to_numpy()
+    return named | near_any(now, before, same_arcsec)
+
+
+def record_of(base: str) -> Path | None:
+    """What says where a base has learnt; None where nothing does, or there is no base."""
+    path = find_model(base) / LEARNT_FROM if base else None
+    return path if path is not None and path.is_file() else None
 
 
 def _places(table: pd.DataFrame) -> pd.DataFrame:

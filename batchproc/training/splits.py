@@ -183,12 +183,15 @@ def _chord(arcsec: float) -> float:
 
 
 def near_any(these: pd.DataFrame, those: pd.DataFrame, within_arcsec: float) -> NDArray[np.bool_]:
-    """Which of the positions (``ra``, ``dec`` in degrees) have another table's so near."""
-    if not len(these) or not len(those):
-        return np.zeros(len(these), np.bool_)
-    there = cKDTree(_directions(those["ra"], those["dec"]))
-    near = there.query(_directions(these["ra"], these["dec"]), distance_upper_bound=_chord(within_arcsec))[0]
-    return np.isfinite(near)
+    """Which of the positions (``ra``, ``dec`` in degrees) have another table's so near; none where one is not known."""
+    one, other = (table[["ra", "dec"]].to_numpy(np.float64, na_value=np.nan) for table in (these, those))
+    here, there = (np.isfinite(sky).all(axis=1) for sky in (one, other))
+    near = np.zeros(len(one), np.bool_)
+    if here.any() and there.any():
+        tree = cKDTree(_directions(*other[there].T))
+        distance = tree.query(_directions(*one[here].T), distance_upper_bound=_chord(within_arcsec))[0]
+        near[here] = np.isfinite(distance)
+    return near
 
 
 def _too_near(part: NDArray[np.str_], table: pd.DataFrame, apart_arcsec: float) -> NDArray[np.bool_]:
@@ -196,12 +199,9 @@ def _too_near(part: NDArray[np.str_], table: pd.DataFrame, apart_arcsec: float) 
     left_out = np.zeros(len(part), np.bool_)
     if not apart_arcsec or not {"ra", "dec"} <= set(table):
         return left_out
-    sky = table[["ra", "dec"]].astype(np.float64)
-    known = np.isfinite(sky).all(axis=1).to_numpy()
     for name, others in (("valid", ["test"]), ("train", ["test", "valid"])):
-        rows = np.flatnonzero(known & (part == name))
-        held = known & np.isin(part, others) & ~left_out
-        left_out[rows] = near_any(sky.iloc[rows], sky[held], apart_arcsec)
+        rows, held = part == name, np.isin(part, others) & ~left_out
+        left_out[rows] = near_any(table[rows], table[held], apart_arcsec)
     return left_out
 
 

@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from batchproc import __version__
 from batchproc.errors import UsageError
 from batchproc.io.atomic import replacing, write_bytes, write_text
-from batchproc.io.cards import CARD, LEARNT_FROM, InputCard, ModelCard, check_card, read_card
+from batchproc.io.cards import CARD, InputCard, ModelCard, check_card, read_card
 from batchproc.io.models import Model, file_hash, find_model, load_model
 from batchproc.learning.evaluate import threshold_for_completeness
 from batchproc.training.examples import BOGUS, REAL, Examples, is_binary
 from batchproc.training.multiclass import measure_classes
 from batchproc.training.report import measure
-from batchproc.training.seen import seen_by, write_seen
+from batchproc.training.seen import record_of, seen_by, write_seen
 from batchproc.training.settings import TrainSettings
 from batchproc.training.splits import PARTS, Split, split_examples
 from batchproc.training.terms import TERMS, columns_of
@@ -201,7 +201,7 @@ def train_model(
 
 def split_anew(examples: Examples, settings: TrainSettings) -> Split:
     """As `split_examples`, with nothing to be measured on that the base has learnt from, as far as its folder tells."""
-    seen = seen_by(settings.base, examples.table, settings.same_arcsec) if settings.base else None
+    seen = seen_by(settings.base, examples.table, settings.same_arcsec)
     return split_examples(examples.label, examples.table, settings, seen=seen)
 
 
@@ -371,7 +371,7 @@ def _metrics(
     card: ModelCard, test: Examples, scores: NDArray[np.float32], group: NDArray[np.str_], settings: TrainSettings
 ) -> dict[str, Any]:
     on = f"held out: {', '.join(settings.holdout)}" if settings.holdout else "the test part, its groups not learnt from"
-    if settings.base and not (find_model(settings.base) / LEARNT_FROM).is_file():
+    if settings.base and record_of(settings.base) is None:
         on += f" here; where {settings.base} had learnt is not known"
     groups = None if len(np.unique(group[_scored(scores)])) < 2 or settings.group == "none" else group
     common: dict[str, Any] = {"groups": groups, "resamples": settings.resamples}
